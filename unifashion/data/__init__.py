@@ -1,0 +1,1 @@
+"""Datasets, each in its original on-disk format: one file per dataset."""

@@ -103,7 +103,7 @@ def build_vocab(texts: list[str]) -> list[str]:
     characters = set(string.ascii_lowercase + string.digits + string.punctuation).union(*words)
     inner = sorted(
         c for c in characters if not _is_punctuation(c) and not _is_cjk(c)
-    )  # those two stand alone
+    )  # the others stand alone
     return SPECIALS + sorted(characters) + ["##" + c for c in inner] + sorted(words - characters)
 
 
@@ -111,8 +111,7 @@ def split_words(text: str) -> list[str]:
     """BERT's words: lower case, no accents, every punctuation mark and Chinese character a word of its own."""
     kept = []
     for c in text:
-        # NBSP is a space (category Z); zero-width characters and soft hyphens are "control" (C) and vanish.
-        if c in "\t\n\r" or unicodedata.category(c) == "Zs":
+        if c in "\t\n\r":  # of category C too, but spaces to BERT; zero-width marks and soft hyphens vanish
             kept.append(" ")
         elif c != "\ufffd" and not unicodedata.category(c).startswith("C"):
             kept.append(f" {c} " if _is_cjk(c) else c)

@@ -1,0 +1,1 @@
+"""Original checkpoints -> our modules: one table of names per component, and the engine that applies them strictly."""

@@ -1,0 +1,226 @@
+"""Phase 1, cross-modal pre-training (Sec. 3.1): image-text pairs teach the Q-Former, then its readers, one after the other.
+
+    align      ITC + ITM                  Eq. 3-5   the Q-Former learns to compare pictures and texts
+    generate   q2I                        Eq. 7     the image adapter and the U-Net learn to draw a picture from Z_I
+
+    python train_phase1.py --data toy --preset tiny --stage align --out runs/align
+"""
+
+import argparse
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from tqdm import tqdm
+
+from unifashion import diffusion, losses, training
+from unifashion.data import toy
+from unifashion.data.fashion200k import Fashion200K
+from unifashion.model import UniFashion
+from unifashion.preprocess import qformer_image, unet_image
+from unifashion.tokenizers import WordPiece
+from weights.load import load_public, tokenizer
+
+TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
+    "align": ["qformer.*"],  # with ln_vision, query tokens, projections, ITM head, temperature
+    "generate": ["image_adapter.*", "null_context", "unet.*"],  # Sec. 3.1.2: the Q-Former is frozen
+}
+DEFAULTS = {  # align: the official code's; generate: the paper's appendix B
+    "align": {"batch_size": 128, "lr": 2e-5, "epochs": 10, "steps": None, "weight_decay": 0.05, "betas": (0.9, 0.98)},
+    "generate": {
+        "batch_size": 32,
+        "lr": 1e-4,
+        "epochs": None,
+        "steps": 360_000,
+        "weight_decay": 0.01,
+        "betas": (0.9, 0.999),
+    },
+}
+
+
+class Pairs(Dataset):
+    """Pictures and their texts as tensors. `product` tells which pairs belong together."""
+
+    def __init__(self, data: Dataset, model: UniFashion, words: WordPiece) -> None:
+        self.data, self.cfg, self.words = data, model.cfg, words
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def products(self) -> list[str]:
+        return [product for part in self.data.datasets for product in part.products]
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        item = self.data[i]
+        ids, mask = self.words.encode([item["text"]], self.cfg.qformer.max_text)
+        return {
+            "picture": qformer_image(item["image"], self.cfg.vit.image_size[0]),
+            "x0": unet_image(item["image"], self.cfg.picture),
+            "ids": ids[0],
+            "mask": mask[0],
+            "product": torch.tensor(zlib.crc32(item["product"].encode())),
+        }
+
+
+@torch.no_grad()
+def encode_align(model: UniFashion, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"features": model.vit(batch["picture"]), **{k: batch[k] for k in ("ids", "mask", "product")}}
+
+
+@torch.no_grad()
+def encode_generate(model: UniFashion, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    z, _ = model.qformer(model.see(batch["picture"]))
+    mean, logvar = model.vae.moments(batch["x0"])
+    return {"z": z, "mean": mean, "logvar": logvar}
+
+
+def align_losses(model: UniFashion, batch: dict[str, Tensor], seed: int, step: int) -> dict[str, Tensor]:
+    qformer = model.qformer
+    with torch.no_grad():
+        qformer.temp.clamp_(0.001, 0.5)  # as ALBEF and BLIP do; the official code forgot it
+    seen = qformer.ln_vision(batch["features"])
+    ids, mask, product = batch["ids"], batch["mask"], batch["product"]
+    z, _ = qformer(seen)  # Eq. 2: two passes, so that neither sees the other
+    _, text = qformer(ids=ids, mask=mask)
+    sim = losses.similarity(qformer.embed_image(z), qformer.embed_text(text))
+
+    same = (product[:, None] == product) | (ids[:, None] == ids).all(-1)
+    no_text, no_image = losses.hard_negatives(sim, qformer.temp, same, training.seeded("itm", seed, step))
+    z, _ = qformer(  # one pass over (image, text), (image, wrong text), (wrong image, text)
+        torch.cat([seen, seen, seen[no_image]]),
+        torch.cat([ids, ids[no_text], ids]),
+        torch.cat([mask, mask[no_text], mask]),
+    )
+    logits = qformer.itm_head(z).mean(1)
+    return {"itc": losses.itc(sim, qformer.temp), "itm": losses.itm(logits[: len(ids)], logits[len(ids) :])}
+
+
+def generate_losses(model: UniFashion, batch: dict[str, Tensor], seed: int, step: int) -> dict[str, Tensor]:
+    b, shape = len(batch["z"]), batch["mean"].shape[1:]
+    dice = training.seeded("generate", seed, step)
+    draw = lambda *size: torch.randn(*size, generator=dice).to(batch["mean"])  # noqa: E731
+    x0 = (batch["mean"] + torch.exp(0.5 * batch["logvar"]) * draw(b, *shape)) * model.cfg.vae.scale
+    t = torch.randint(0, diffusion.TIMESTEPS, (b,), generator=dice).to(x0.device)
+    keep = (torch.rand(b, generator=dice) >= 0.2).to(x0.device)
+    noise = draw(b, *shape)
+    context = model.drop_context(model.image_adapter(batch["z"]), keep)
+    e = model.predict_noise(diffusion.q_sample(x0, t, noise), t, model.blank_scene(b), context)
+    return {"q2I": diffusion.eps_loss(e, noise).mean()}
+
+
+STAGES = {"align": (encode_align, align_losses), "generate": (encode_generate, generate_losses)}
+
+
+def open_data(names: list[str]) -> Dataset:
+    """NAME[=PATH] for each data set -> all of them, one after the other."""
+    parts = []
+    for name, path in (training.name_and_path(n, ("toy", "fashion200k")) for n in names):
+        if name == "toy":
+            path = toy.ensure(path) / "fashion200k"
+        parts.append(Fashion200K(path, "train"))
+    return ConcatDataset(parts)
+
+
+def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) -> None:
+    knobs = {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in DEFAULTS[stage].items()}
+    encode, loss_of = STAGES[stage]
+    device, stop = training.pick_device(args.device), training.Stop()
+    model = load_public(args.preset, args.weights).to(device).train()
+    modules = training.load_learned(model, training.model_file(init)) if init else []
+    parameters = training.set_trainable(model, TRAINABLE[stage])
+    modules = sorted({*modules, *(name.split(".")[0] for name in parameters)})
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=knobs["lr"], betas=knobs["betas"], weight_decay=knobs["weight_decay"]
+    )
+    ema = training.EMA(parameters) if stage == "generate" else None
+
+    pairs = Pairs(open_data(args.data), model, tokenizer(args.preset, args.weights))
+    train_set, val_set = (Subset(pairs, part) for part in training.held_out(pairs.products()))
+    size, accumulate = knobs["batch_size"], args.accumulate
+    steps = args.steps or (args.epochs or knobs["epochs"] or 0) * len(train_set) // (size * accumulate) or knobs["steps"]
+    training.start_run(out, {**vars(args), **knobs, "stage": stage, "steps": steps}, args.resume)
+    state = {"step": 0, "best": float("inf")}
+    if args.resume:
+        state |= training.load_checkpoint(out / "last", model, optimizer, parameters, ema)
+
+    def feed(data: Dataset, order: Iterator[list[int]], cache: bool) -> Iterator[dict[str, Tensor]]:
+        to_device = lambda batch: {k: v.to(device) for k, v in batch.items()}  # noqa: E731
+        see = lambda batch: encode(model, to_device(batch))  # noqa: E731
+        return map(to_device, training.batches(data, order, see, cache, args.workers))
+
+    def evaluate() -> float:
+        model.eval()
+        order = training.batch_order(len(val_set), min(size, len(val_set)), 0, 0, 4)
+        with torch.no_grad(), training.autocast(device, args.dtype):
+            values = [sum(loss_of(model, b, 0, i).values()) for i, b in enumerate(feed(val_set, order, False))]
+        if stage == "generate":
+            draw_samples(model, feed(val_set, iter([list(range(8))]), False), out / "samples" / f"{state['step']:06}.png")
+        model.train()
+        return float(torch.stack(values).mean())
+
+    order = training.batch_order(len(train_set), size, args.seed, state["step"] * accumulate, steps * accumulate)
+    stream = feed(train_set, order, args.cache)
+    bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=stage, mininterval=1)
+    for step in bar:
+        rate = training.cosine(step, steps, warmup=max(1, steps // 20)) if stage == "align" else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = knobs["lr"] * rate
+        for micro in range(accumulate):
+            with training.autocast(device, args.dtype):
+                parts = loss_of(model, next(stream), args.seed, step * accumulate + micro)
+                loss = sum(parts.values()) / accumulate
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.update()
+        state["step"] = step + 1
+        done = state["step"] == steps or stop.asked
+        if step % 20 == 0 or done:
+            shown = {name: round(float(value), 4) for name, value in parts.items()}
+            bar.set_postfix(shown)
+            training.log_line(out, step=step, **shown, lr=knobs["lr"] * rate, norm=round(float(norm), 3), s=bar.format_dict["elapsed"])
+        if state["step"] % args.eval_every == 0 or done:
+            with training.averaged(ema):
+                val = evaluate()
+            training.log_line(out, step=step, val=val)
+            better, state["best"] = val < state["best"], min(val, state["best"])
+            for folder in ("last", "best") if better else ("last",):
+                training.save_checkpoint(out / folder, model, modules, optimizer, parameters, ema, state)
+        if stop.asked:
+            break
+
+
+@torch.no_grad()
+def draw_samples(model: UniFashion, batches: Iterator[dict[str, Tensor]], path: Path) -> None:
+    """The pictures of a batch, and what the model draws from their Z_I."""
+    batch = next(batches)
+    scale, shape = model.cfg.vae.scale, batch["mean"].shape
+    noise = torch.randn(shape, generator=training.seeded("samples")).to(batch["mean"])
+    context = model.image_adapter(batch["z"])
+    *_, latent = model.sample(noise, model.blank_scene(len(noise)), context, steps=20, sampler="ddim", guidance=2.0)
+    training.save_sheet([model.vae.decode(batch["mean"] * scale), model.vae.decode(latent)], path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", required=True, metavar="NAME[=PATH]", help="toy | fashion200k")
+    parser.add_argument("--stage", choices=["all", *STAGES], default="all")
+    training.common_arguments(parser, DEFAULTS)
+    args = parser.parse_args(argv)
+    stages = list(STAGES) if args.stage == "all" else [args.stage]
+    training.check_arguments(args, stages, "--stage")
+    training.fast_malloc()
+    init = args.init
+    for stage in stages:
+        out = args.out / stage if len(stages) > 1 else args.out
+        train(stage, args, init, out)
+        init = out
+
+
+if __name__ == "__main__":
+    training.run(main)

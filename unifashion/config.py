@@ -1,0 +1,64 @@
+"""The two presets. FULL is the published network; TINY is the same code with smaller numbers."""
+
+from dataclasses import dataclass
+
+from unifashion.blocks import UNetConfig
+from unifashion.qformer import QFormerConfig
+from unifashion.vae import VAEConfig
+from unifashion.vit import ViTConfig
+
+
+@dataclass(frozen=True)
+class UniFashionConfig:
+    vit: ViTConfig = ViTConfig()
+    qformer: QFormerConfig = QFormerConfig()
+    vae: VAEConfig = VAEConfig()
+    unet: UNetConfig = UNetConfig()
+    picture: tuple[int, int] = (512, 384)  # y, x of what the U-Net side reads and draws
+    guidance: float = 2.0  # classifier-free guidance, chosen on a validation split
+
+    def __post_init__(self) -> None:
+        if self.qformer.vision_dim != self.vit.dim:
+            raise ValueError(f"qformer.vision_dim is {self.qformer.vision_dim}, vit.dim is {self.vit.dim}")
+        if self.vit.image_size[0] != self.vit.image_size[1]:
+            raise ValueError(f"the Q-Former's picture is square, vit.image_size is {self.vit.image_size}")
+        latent, mask, pose = 2 * self.vae.latent_channels, 1, self.vae.latent_channels
+        if self.unet.in_channels != latent + mask + pose:
+            raise ValueError(f"unet.in_channels is {self.unet.in_channels}, wanted {latent + mask + pose}")
+        if self.unet.out_channels != self.vae.latent_channels:
+            raise ValueError("unet.out_channels must equal vae.latent_channels")
+        cell = self.vae.factor * 2 ** (len(self.unet.channel_mult) - 1)
+        if any(side % cell for side in self.picture):
+            raise ValueError(f"picture {self.picture} does not divide by {cell}: the U-Net's skips would not match")
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        """y, x of the latent: (64, 48) in FULL."""
+        return self.picture[0] // self.vae.factor, self.picture[1] // self.vae.factor
+
+
+FULL = UniFashionConfig()
+
+TINY = UniFashionConfig(
+    vit=ViTConfig(image_size=(128, 128), patch_size=8, dim=128, depth=4, heads=4, mlp_dim=512),
+    qformer=QFormerConfig(
+        vocab_size=400,
+        max_positions=64,
+        max_text=48,
+        queries=16,
+        dim=128,
+        depth=4,
+        heads=4,
+        mlp_dim=384,
+        vision_dim=128,
+        embed_dim=64,
+        dropout=0.0,
+    ),
+    vae=VAEConfig(channels=32, channel_mult=(1, 1, 2), res_blocks=1),
+    unet=UNetConfig(
+        channels=32, channel_mult=(1, 2, 3, 3), attention_levels=(1, 2), res_blocks=1, heads=2, context_dim=128
+    ),
+    picture=(128, 96),
+)
+
+PRESETS = {"full": FULL, "tiny": TINY}

@@ -1,0 +1,49 @@
+"""The retrieval losses of phase 1. The diffusion loss q2I is `diffusion.eps_loss`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def similarity(image: Tensor, text: Tensor) -> Tensor:
+    """image (i,q,d), text (t,d), unit vectors -> (i,t): the best of the queries. In float32: bf16 ties cost recall."""
+    with torch.autocast(image.device.type, enabled=False):
+        scores = torch.einsum("iqd,td->itq", image.float(), text.float())
+    return scores.amax(-1)
+
+
+def itc(sim: Tensor, temp: Tensor) -> Tensor:
+    """Eq. 3, both directions: sim (b,b) with the pairs on the diagonal. Summed as the official code does, not halved."""
+    target = torch.arange(len(sim), device=sim.device)
+    logits = sim / temp
+    return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+
+
+def hard_negatives(sim: Tensor, temp: Tensor, same: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """
+    For each image a text, and for each text an image, that look alike and do not belong together (BLIP-2, Sec. 3.1).
+
+    sim        (b,b) rows images, columns texts
+    same       (b,b) bool, True where image and text do belong together: never drawn. A row that is all True draws
+               from the other items evenly.
+    generator  on the CPU: the draw is the same whatever the device
+    ->         text index for each image (b,), image index for each text (b,)
+    """
+    logits = (sim.detach() / temp.detach()).float().cpu()
+    same = same.cpu()
+
+    def draw(logits: Tensor, same: Tensor) -> Tensor:
+        weights = logits.masked_fill(same, -1e4).softmax(-1).masked_fill(same, 0.0) + 1e-6 * (~same)
+        lonely = same.all(-1, keepdim=True)
+        others = 1.0 - torch.eye(len(same))
+        return torch.multinomial(torch.where(lonely, others, weights), 1, generator=generator)[:, 0]
+
+    return draw(logits, same).to(sim.device), draw(logits.T, same.T).to(sim.device)
+
+
+def itm(positive: Tensor, negatives: Tensor) -> Tensor:
+    """Eq. 4 as BLIP-2 does it: binary cross-entropy. positive (b,2) and negatives (2b,2) logits of (no match, match)."""
+    logits = torch.cat([positive, negatives]).float()
+    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    target[: len(positive)] = 1
+    return F.cross_entropy(logits, target)

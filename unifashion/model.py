@@ -1,0 +1,127 @@
+"""UniFashion: wires the parts, and owns the two things between them: the image adapter and the null context.
+
+    picture (b,3,224,224) --see--> (b,257,1408) --Q-Former, text or none--> Z (b,32,768) --image adapter--> context (b,32,768)
+    agnostic, mask, pose  --scene--> (b,9,64,48);  cloth photo or sketch --VAE--> hint (b,4,64,48)
+    noise (b,4,64,48), scene, context, hint --sample--> latent --VAE--> picture (b,3,512,384)
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from unifashion.config import UniFashionConfig
+from unifashion.diffusion import SAMPLERS, guided
+from unifashion.garment import GarmentEncoder
+from unifashion.qformer import QFormer
+from unifashion.unet import UNet
+from unifashion.vae import VAE
+from unifashion.vit import ViT
+
+
+class UniFashion(nn.Module):
+    def __init__(self, cfg: UniFashionConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.vit = ViT(cfg.vit)
+        self.qformer = QFormer(cfg.qformer)
+        self.image_adapter = nn.Linear(cfg.qformer.dim, cfg.unet.context_dim)
+        self.null_context = nn.Parameter(torch.zeros(1, 1, cfg.unet.context_dim))
+        self.vae = VAE(cfg.vae)
+        self.unet = UNet(cfg.unet)
+        self.garment = GarmentEncoder(cfg.unet, cfg.vae.latent_channels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.null_context.device
+
+    def see(self, picture: Tensor) -> Tensor:
+        """picture (b,3,224,224) normalised as CLIP's -> (b,257,1408), what the Q-Former attends to. The ViT is frozen."""
+        with torch.no_grad():
+            features = self.vit(picture.to(self.null_context.dtype))
+        return self.qformer.ln_vision(features)
+
+    def context(self, seen: Tensor, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """seen (b,257,1408) from `see`, with a text (b,t) or without -> context (b,32,768) for the U-Net."""
+        z, _ = self.qformer(seen, ids, mask)
+        return self.image_adapter(z)
+
+    def drop_context(self, context: Tensor, keep: Tensor) -> Tensor:
+        """keep (b,) bool -> the context, with the null vector in place of every token where keep is False."""
+        return torch.where(keep[:, None, None], context, self.null_context.to(context.dtype))
+
+    def scene(self, agnostic: Tensor, keep: Tensor, pose: Tensor | None = None) -> Tensor:
+        """
+        What the U-Net reads beside the noisy latent, in the order of StableVITON.
+
+        agnostic  (b,4,y,x) scaled latent of the person with the region to repaint in grey
+        keep      (b,1,y,x) in [0,1], 1 = keep, 0 = repaint
+        pose      (b,4,y,x) scaled latent of the densepose picture; without it, the null pose
+        """
+        return torch.cat([agnostic, keep, torch.zeros_like(agnostic) if pose is None else pose], dim=1)
+
+    def blank_scene(self, b: int) -> Tensor:
+        """Everything to repaint, nothing known: the scene of phase 1 and of Eq. 12, (b,9,y,x)."""
+        y, x = self.cfg.picture
+        with torch.no_grad():
+            grey = self.vae.encode(self.null_context.new_zeros(1, 3, y, x)).expand(b, -1, -1, -1)
+        return self.scene(grey, torch.zeros_like(grey[:, :1]))
+
+    def predict_noise(
+        self,
+        x: Tensor,
+        t: Tensor,
+        scene: Tensor,
+        context: Tensor,
+        hint: Tensor | None = None,
+        keep_hint: Tensor | None = None,
+    ) -> Tensor:
+        """
+        One call of the network, as in training.
+
+        x (b,4,y,x) noisy latent, t (b,) timesteps, scene (b,9,y,x), context (b,q,context_dim),
+        hint (b,4,y,x) scaled latent of the garment, keep_hint (b,) 1 or 0: with the garment, or without -> eps (b,4,y,x)
+        """
+        x = torch.cat([x, scene], dim=1)
+        inject = None
+        if hint is not None:
+            features = self.garment(x, t, self.garment.context(context), hint)
+            inject = partial(self.garment.inject, features, keep_hint)
+        return self.unet(x, t, self.unet.context(context), inject)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        noise: Tensor,
+        scene: Tensor,
+        context: Tensor,
+        hint: Tensor | None = None,
+        steps: int = 50,
+        sampler: str = "plms",
+        guidance: float = 1.0,
+    ) -> Iterator[Tensor]:
+        """
+        noise (b,4,y,x) ~ N(0,1), float32; the rest as in `predict_noise` -> the latent (b,4,y,x) after each step.
+
+        Guidance other than 1 runs a batch of two: with the context, and with the null context; scene and hint stay.
+        """
+        dtype, both = self.null_context.dtype, guidance != 1.0
+        if both:
+            context = torch.cat([context, self.null_context.expand_as(context)])
+            scene = torch.cat([scene, scene])
+            hint = torch.cat([hint, hint]) if hint is not None else None
+        for_unet = self.unet.context(context)  # once per picture, not once per step
+        for_garment = self.garment.context(context) if hint is not None else []
+
+        def eps(x: Tensor, t: int) -> Tensor:
+            x = torch.cat([x, x] if both else [x]).to(dtype)
+            x = torch.cat([x, scene], dim=1)
+            at = torch.full((len(x),), t, device=x.device)
+            inject = None
+            if hint is not None:
+                inject = partial(self.garment.inject, self.garment(x, at, for_garment, hint), None)
+            e = self.unet(x, at, for_unet, inject).to(noise.dtype)
+            return guided(*e.chunk(2), guidance) if both else e
+
+        yield from SAMPLERS[sampler](eps, noise, steps)

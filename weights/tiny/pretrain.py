@@ -1,0 +1,200 @@
+"""Train the stand-ins for what FULL downloads: the VAE, the ViT, and the Q-Former's vocabulary, all on ToyFashion.
+
+    python -m weights.tiny.pretrain vocab|vae|vit --data data/toy --out runs/vae
+
+The VAE learns to give pictures back: |x - x'| + |grad x - grad x'| + KL. The ViT, which stands in for EVA-CLIP, learns to
+name a garment's attributes from its photograph (several views) and its shape from its sketch; its heads are thrown away.
+Only the training split is read.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from unifashion import training
+from unifashion.config import TINY
+from unifashion.data import toy
+from unifashion.data.fashion200k import Fashion200K
+from unifashion.data.mgd import MGD
+from unifashion.preprocess import qformer_image, unet_image
+from unifashion.tokenizers import build_vocab
+from unifashion.vae import VAE, kl_divergence
+from unifashion.vit import ViT
+
+HERE = Path(__file__).parent
+DEFAULTS = {"vae": {"steps": 3000, "batch": 16, "lr": 1e-3}, "vit": {"steps": 2000, "batch": 32, "lr": 1e-3}}
+FOLDERS = {"image": "jpg", "agnostic-v3.2": "jpg", "image-densepose": "jpg", "cloth": "jpg", "cloth-sketch": "png"}
+HIDDEN_IN_SKETCH = ("colour", "second", "pattern")
+
+
+class Pictures(Dataset):
+    """Everything the VAE will ever see, as (3,y,x) in [-1,1]; `crop` cuts a part of that size out, as LDM's training did."""
+
+    def __init__(self, root: Path, crop: tuple[int, int] = TINY.picture) -> None:
+        self.crop = crop
+        self.paths = sorted(p for f, e in FOLDERS.items() for p in (root / "vitonhd" / "train" / f).glob(f"*.{e}"))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        with Image.open(self.paths[i]) as image:
+            x = unet_image(image.convert("RGB"), TINY.picture)
+        corner = torch.rand(2, generator=training.seeded("crop", i))
+        top, left = (int(r * (size - cut + 1)) for r, size, cut in zip(corner, x.shape[1:], self.crop, strict=True))
+        return {"x": x[:, top : top + self.crop[0], left : left + self.crop[1]]}
+
+
+class Attributes(Dataset):
+    """A garment's three product views and its sketch, with the index of each attribute's value, or -100 if unseen."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.rows = [json.loads(line) for line in (root / "attributes_train.jsonl").read_text().splitlines()]
+
+    def __len__(self) -> int:
+        return 4 * len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        row, view = self.rows[i // 4], i % 4
+        path = self.root / "fashion200k" / row["product"] / f"{Path(row['product']).name}_{view}.jpeg"
+        if view == 3:
+            path = self.root / "vitonhd" / "train" / "cloth-sketch" / f"{row['id']}.png"
+        labels = {k: toy.ATTRIBUTES[k].index(row["garment"][k]) for k in toy.ATTRIBUTES}
+        for k in HIDDEN_IN_SKETCH if view == 3 else ():
+            labels[k] = -100
+        if row["garment"]["pattern"] == "plain":
+            labels["second"] = -100
+        with Image.open(path) as image:
+            picture = qformer_image(image.convert("RGB"), TINY.vit.image_size[0])
+        return {"picture": picture} | {k: torch.tensor(v) for k, v in labels.items()}
+
+
+class Namer(nn.Module):
+    """The ViT with a linear head for each attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = ViT(TINY.vit)
+        self.heads = nn.ModuleDict({k: nn.Linear(TINY.vit.dim, len(v)) for k, v in toy.ATTRIBUTES.items()})
+
+    def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        features = self.vit(batch["picture"]).mean(1)
+        total = sum(F.cross_entropy(head(features), batch[k], ignore_index=-100) for k, head in self.heads.items())
+        return {"names": total}
+
+
+class Copier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vae = VAE(TINY.vae)
+
+    def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        x = batch["x"]
+        mean, logvar = self.vae.moments(x)
+        noise = torch.randn(mean.shape, generator=training.seeded("vae", step))
+        z = mean + torch.exp(0.5 * logvar) * noise
+        y = self.vae.decode(z * self.vae.cfg.scale)
+        edges = (y.diff(dim=-1) - x.diff(dim=-1)).abs().mean() + (y.diff(dim=-2) - x.diff(dim=-2)).abs().mean()
+        kl = kl_divergence(mean, logvar).mean() * 2e-7
+        return {"pixels": (y - x).abs().mean(), "edges": edges, "KL": kl}
+
+
+def train(part: str, root: Path, out: Path, steps: int, batch: int, lr: float, args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = Copier() if part == "vae" else Namer()
+    samples: Dataset = Pictures(root, crop=(64, 48)) if part == "vae" else Attributes(root)
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+    training.start_run(out, {"part": part, "steps": steps, "batch": batch, "lr": lr}, args.resume)
+    modules = sorted({name.split(".")[0] for name in parameters})
+    state, stop = {"step": 0}, training.Stop()
+    if args.resume:
+        state |= training.load_checkpoint(out / "last", model, optimizer, parameters, None)
+    order = training.batch_order(len(samples), batch, 0, state["step"], steps)
+    stream = training.batches(samples, order, lambda b: b, cache=False, workers=args.workers)
+    bar = tqdm(stream, initial=state["step"], total=steps, desc=part, mininterval=5)
+    for step, data in enumerate(bar, start=state["step"]):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * training.cosine(step, steps, warmup=min(100, steps))
+        with training.autocast(torch.device("cpu"), args.dtype):
+            losses = model.loss(data, step)
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state["step"] = step + 1
+        done = state["step"] == steps or stop.asked
+        if step % 20 == 0 or done:
+            shown = {k: round(float(v), 4) for k, v in losses.items()}
+            bar.set_postfix(shown)
+            training.log_line(out, step=step, **shown)
+        if state["step"] % args.eval_every == 0 or done:
+            training.save_checkpoint(out / "last", model, modules, optimizer, parameters, None, state)
+        if stop.asked:
+            return
+    save_half(getattr(model, part), HERE / f"{part}.safetensors")
+    if part == "vae":
+        report_vae(model.vae.eval(), Pictures(root), out)
+
+
+def save_half(module: nn.Module, path: Path) -> None:
+    """Shipped weights are float16: half the download, and no picture shows it."""
+    new = path.with_suffix(".new")
+    save_file({k: v.half().contiguous() for k, v in module.state_dict().items()}, new)
+    new.replace(path)
+    print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
+
+
+@torch.no_grad()
+def report_vae(vae: VAE, samples: Dataset, out: Path) -> None:
+    indices = torch.randperm(len(samples), generator=training.seeded("report"))[:256].tolist()
+    x = torch.stack([samples[i]["x"] for i in indices])
+    z = vae.encode(x) / vae.cfg.scale
+    y = vae.decode(z * vae.cfg.scale).clamp(-1, 1)
+    psnr = -10 * torch.log10(((x - y) / 2).square().flatten(1).mean(1)).mean()
+    print(f"PSNR {psnr:.2f} dB; standard deviation of the latents {z.std():.4f}: the preset's scale is {1 / z.std():.5f}")
+    training.save_sheet([x[:10], y[:10]], out / "samples" / "copies.png")
+
+
+def write_vocab(root: Path) -> None:
+    """Every word of the training captions, as the Q-Former's tokenizer wants it."""
+    texts = {item for item in Fashion200K(root / "fashion200k", "train").texts()}
+    texts |= set(MGD(root / "vitonhd", "train").texts())
+    vocab = build_vocab(sorted(texts))
+    path = HERE / "bert_vocab.txt"
+    path.write_text("\n".join(vocab) + "\n")
+    print(f"wrote {path}: {len(vocab)} pieces; the preset's vocab_size is {TINY.qformer.vocab_size}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["vocab", "vae", "vit"])
+    parser.add_argument("--data", type=Path, default=Path("data/toy"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--eval-every", type=int, default=250, help="steps between checkpoints")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
+    args = parser.parse_args()
+    training.fast_malloc()
+    root = toy.ensure(args.data)
+    if args.part == "vocab":
+        return write_vocab(root)
+    d = DEFAULTS[args.part]
+    out = args.out or Path("runs") / args.part
+    train(args.part, root, out, args.steps or d["steps"], args.batch_size or d["batch"], d["lr"], args)
+
+
+if __name__ == "__main__":
+    training.run(main)

@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from weights.rename import Table
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -49,3 +51,8 @@ def assert_parity(ours: Tensor, theirs: Tensor, atol: float = 1e-10) -> None:
     )
     difference = (ours - theirs).abs().max().item()  # nan fails too
     assert difference <= atol, f"max difference {difference:.1e}, allowed {atol:.0e}"
+
+
+def swap(table: Table, a: str, b: str) -> Table:
+    """A planted fault: the table with `a` and `b` exchanged in our column."""
+    return {row: ours and ours.replace(a, "?").replace(b, a).replace("?", b) for row, ours in table.items()}

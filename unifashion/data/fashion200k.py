@@ -1,0 +1,49 @@
+"""Fashion200K in its original form: `labels/{dress,jacket,pants,skirt,top}_{split}_detect_all.txt` and `women/`.
+
+A label line is `women/<category>/<kind>/<product>/<product>_<view>.jpeg<TAB>detection score<TAB>caption`.
+"""
+
+from pathlib import Path
+
+from PIL import Image
+
+from unifashion import UserError
+
+
+class Fashion200K:
+    """Items {"image": RGB, "text": caption, "path": relative to root, "product": folder name shared by its views}.
+
+    Raises UserError if the labels or the pictures are missing.
+    """
+
+    def __init__(self, root: str | Path, split: str = "train") -> None:
+        self.root = Path(root)
+        files = sorted(self.root.glob(f"labels/*_{split}_detect_all.txt"))
+        if not files or not (self.root / "women").is_dir():
+            raise UserError(
+                f"{self.root} lacks labels/*_{split}_detect_all.txt or women/: ask for Fashion200K at "
+                "github.com/xthan/fashion-200k (labels and women.tar.gz, unpacked here), or use --data toy."
+            )
+        lines = [
+            line.split("\t")
+            for file in files
+            for line in file.read_text(encoding="utf-8").splitlines()
+            if line
+        ]
+        broken = next((line for line in lines if len(line) != 3), None)
+        if broken:
+            raise UserError(f"{self.root}/labels: a line is not path<TAB>score<TAB>caption: {broken}")
+        self.rows = [(path, text) for path, _, text in lines]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        path, text = self.rows[index]
+        with Image.open(self.root / path) as image:
+            return {
+                "image": image.convert("RGB"),
+                "text": text,
+                "path": path,
+                "product": Path(path).parent.name,
+            }

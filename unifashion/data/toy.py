@@ -1,0 +1,453 @@
+"""ToyFashion: a drawn world of garments and persons, written in the layouts of Fashion200K, VITON-HD and MGD.
+
+    python -m unifashion.data.toy --out data/toy
+
+Everything follows from (version, seed): the same settings give the same bytes, whatever the number of processes.
+Whole combinations of (category, colour, pattern, sleeve, neckline, length) belong to one split only, so that test
+garments are never seen in training. Because the world is drawn, the truth is known: the attributes of every picture
+(`attributes_<split>.jsonl`), and the same person drawn in the other garment (`vitonhd/<split>/truth`).
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from unifashion import UserError
+from unifashion.data.drawing import FLOORS, HAIR, PALETTE, SHOES, SKIN, TROUSERS, WALLS, Garment, Person
+from unifashion.data.figure import (
+    BOTTOMS,
+    HAIRSTYLES,
+    PROPS,
+    draw_person,
+    draw_pose,
+    draw_product,
+    draw_sketch,
+)
+
+__all__ = [
+    "ATTRIBUTES",
+    "PALETTE",
+    "VERSION",
+    "Garment",
+    "Person",
+    "draw_person",
+    "draw_pose",
+    "draw_product",
+    "draw_sketch",
+    "ensure",
+]
+VERSION = 1
+SPLITS = ("train", "val", "test")
+COUNTS = {"train": 8000, "val": 400, "test": 1000}
+ATTRIBUTES = {
+    "category": ("t-shirt", "shirt", "sweater", "jacket", "dress"),
+    "colour": tuple(PALETTE),
+    "second": tuple(PALETTE),
+    "pattern": ("plain", "striped", "pinstriped", "dotted", "checked", "chevron"),
+    "sleeve": ("sleeveless", "short", "long"),
+    "neckline": ("round", "v", "square"),
+    "length": ("cropped", "regular", "long", "mini", "midi", "maxi"),
+}
+TOP_LENGTHS, DRESS_LENGTHS = ATTRIBUTES["length"][:3], ATTRIBUTES["length"][3:]
+COMBINATION = ("category", "colour", "pattern", "sleeve", "neckline", "length")
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+def lab(rgb) -> np.ndarray:
+    """CIELAB (D65) of sRGB (..., 3) in 0..255."""
+    x = np.asarray(rgb, float) / 255
+    x = np.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92)
+    xyz = x @ np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).T
+    f = xyz / (0.9505, 1.0, 1.089)
+    f = np.where(f > 0.008856, np.cbrt(f), 7.787 * f + 16 / 116)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+
+
+PALETTE_LAB = lab(list(PALETTE.values()))
+# A second colour must differ clearly from the first: at least 48 CIELAB units.
+SECOND = {
+    a: tuple(b for j, b in enumerate(PALETTE) if np.linalg.norm(PALETTE_LAB[i] - PALETTE_LAB[j]) >= 48)
+    for i, a in enumerate(PALETTE)
+}
+
+
+def main_colour(image: np.ndarray, mask: np.ndarray) -> str:
+    """The palette's name for most of a garment: each pixel votes for its nearest entry.
+
+    image (h,w,3) 0..255, mask (h,w) true on the garment. Distance in CIELAB with lightness at half weight, because
+    light and folds change lightness most.
+    """
+    pixels = lab(image[np.asarray(mask, bool)])
+    distance = np.linalg.norm((pixels[:, None] - PALETTE_LAB) * (0.5, 1, 1), axis=-1)
+    return list(PALETTE)[np.bincount(distance.argmin(1), minlength=len(PALETTE)).argmax()]
+
+
+def split_of(g: Garment) -> str:
+    """The split that owns this combination of attributes: 85 % train, 5 % val, 10 % test."""
+    key = "/".join(getattr(g, name) for name in COMBINATION)
+    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
+    return "train" if bucket < 85 else "val" if bucket < 90 else "test"
+
+
+def sample_garment(rng: np.random.Generator, split: str | None = None) -> Garment:
+    """A garment, each attribute uniform; with `split`, one of that split's combinations."""
+    while True:
+        pick = {
+            name: str(rng.choice(ATTRIBUTES[name]))
+            for name in ("category", "colour", "pattern", "sleeve", "neckline")
+        }
+        pick["second"] = str(rng.choice(SECOND[pick["colour"]]))
+        pick["length"] = str(rng.choice(DRESS_LENGTHS if pick["category"] == "dress" else TOP_LENGTHS))
+        g = Garment(**pick)
+        if split is None or split_of(g) == split:
+            return g
+
+
+def sample_person(rng: np.random.Generator, difficulty: float = 1.0) -> Person:
+    """A person; `difficulty` widens pose and build (0 = everyone stands alike) around version 1's 1.0."""
+
+    def wide(centre: float, half: float, low: float = -1e9, high: float = 1e9) -> float:
+        return round(float(np.clip(centre + difficulty * half * rng.uniform(-1, 1), low, high)), 3)
+
+    def arm() -> tuple[float, float]:
+        if rng.random() < 0.2 * min(difficulty, 2):  # a hand on the hip
+            return wide(46, 5, 35, 60), wide(-44, 7, -60, -30)
+        upper = wide(19, 11, 4, 55)
+        return upper, round(float(np.clip(upper + difficulty * rng.uniform(-16, 8), -30, 60)), 3)
+
+    def index(table) -> int:
+        return int(rng.integers(len(table)))
+
+    return Person(
+        skin=index(SKIN),
+        hair=str(rng.choice(HAIRSTYLES)),
+        hair_colour=index(HAIR),
+        arms=(arm(), arm()),
+        lean=wide(0, 3.5, -12, 12),
+        shift=(wide(0, 3.5, -8, 8), wide(0, 0.8, -1.5, 1.5)),
+        scale=wide(1.0, 0.04, 0.88, 1.05),
+        build=wide(1.0, 0.06, 0.85, 1.15),
+        stance=wide(0.6, 0.6, 0, 2.5),
+        bottom=str(rng.choice(BOTTOMS)),
+        bottom_colour=index(TROUSERS),
+        shoes=index(SHOES),
+        wall=index(WALLS),
+        floor=index(FLOORS),
+        floor_height=wide(110, 3.5, 104, 118),
+        prop=str(rng.choice(PROPS)),
+        prop_right=bool(rng.random() < 0.5),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- texts
+
+CATEGORY_WORDS = {
+    "t-shirt": ("t-shirt", "tee"),
+    "shirt": ("shirt", "button-up shirt"),
+    "sweater": ("sweater", "knit jumper"),
+    "jacket": ("jacket", "open jacket"),
+    "dress": ("dress", "gown"),
+}
+PATTERN_WORDS = {  # as an adjective, as a noun
+    "striped": (("striped", "horizontally striped"), ("stripes", "horizontal stripes")),
+    "pinstriped": (("pinstriped", "vertically striped"), ("pinstripes", "vertical stripes")),
+    "dotted": (("dotted", "polka-dot"), ("dots", "polka dots")),
+    "checked": (("checked", "plaid"), ("checks", "a plaid pattern")),
+    "chevron": (("chevron", "zigzag"), ("chevrons", "zigzags")),
+}
+SLEEVE_WORDS = {
+    "sleeveless": (("sleeveless",), ("no sleeves",)),
+    "short": (("short-sleeve", "short-sleeved"), ("short sleeves",)),
+    "long": (("long-sleeve", "long-sleeved"), ("long sleeves",)),
+}
+NECK_WORDS = {
+    "round": (("round-neck", "crew-neck"), ("a round neckline",)),
+    "v": (("v-neck",), ("a v-neck", "a v neckline")),
+    "square": (("square-neck",), ("a square neckline",)),
+}
+LENGTH_WORDS = {
+    "cropped": ("cropped", "short-cut"),
+    "regular": ("regular-length", "hip-length"),
+    "long": ("longline", "long"),
+    "mini": ("mini",),
+    "midi": ("midi", "knee-length"),
+    "maxi": ("maxi", "floor-length"),
+}
+
+
+def choose(rng: np.random.Generator, words) -> str:
+    return words[int(rng.integers(len(words)))]
+
+
+def join_and(parts: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+
+
+def caption(g: Garment, rng: np.random.Generator, keep: float = 0.8) -> str:
+    """A Fashion200K caption, "red striped short-sleeve v-neck dress": always colour, pattern (with the second colour)
+    and category; sleeve, neckline and length each with probability `keep`. Wording varies."""
+    sleeve, neck, length = (rng.random(3) < keep).tolist()
+    noun = choose(rng, CATEGORY_WORDS[g.category])
+    before, after = [g.colour], []
+    if g.pattern != "plain":
+        adjectives, nouns = PATTERN_WORDS[g.pattern]
+        if rng.random() < 0.5:
+            before = [
+                choose(rng, (f"{g.colour} and {g.second}", f"{g.colour}/{g.second}")),
+                choose(rng, adjectives),
+            ]
+        else:
+            after.append(f"{g.second} {choose(rng, nouns).removeprefix('a ')}")
+    elif rng.random() < 0.4:
+        before.append(choose(rng, ("plain", "solid")))
+    adjectives = [choose(rng, LENGTH_WORDS[g.length])] if length else []
+    for wanted, (words, phrases) in ((sleeve, SLEEVE_WORDS[g.sleeve]), (neck, NECK_WORDS[g.neckline])):
+        if wanted:
+            if rng.random() < 0.65:
+                adjectives.append(choose(rng, words))
+            else:
+                after.append(choose(rng, phrases))
+    adjectives = [adjectives[i] for i in rng.permutation(len(adjectives))]
+    words = [*adjectives, *before] if rng.random() < 0.3 else [*before, *adjectives]
+    return " ".join([*words, noun]) + (" with " + join_and(after) if after else "")
+
+
+def chunks(g: Garment, rng: np.random.Generator, keep: float = 0.8) -> list[str]:
+    """MGD's three noun chunks; joined they say at least what `caption` says."""
+    noun = choose(rng, CATEGORY_WORDS[g.category])
+    sleeve, neck, length = (rng.random(3) < keep).tolist()
+    front = f"{choose(rng, LENGTH_WORDS[g.length])} " if length else ""
+    first = f"{front}{g.colour} {noun}"
+    if g.pattern == "plain":
+        second = choose(
+            rng, (f"plain {g.colour} fabric", f"solid {g.colour} {noun}", f"{g.colour} plain cloth")
+        )
+    else:
+        adjectives, nouns = PATTERN_WORDS[g.pattern]
+        marks = choose(rng, nouns).removeprefix("a ")
+        options = (
+            f"{g.colour} {noun} with {g.second} {marks}",
+            f"{g.second} {marks}",
+            f"{g.second} {marks} on {g.colour}",
+        )
+        second = choose(rng, (*options, f"{g.colour} and {g.second} {choose(rng, adjectives)} {noun}"))
+    details = [choose(rng, SLEEVE_WORDS[g.sleeve][1])] if sleeve else []
+    details += [choose(rng, NECK_WORDS[g.neckline][1])] if neck else []
+    return [first, second, join_and(details) if details else choose(rng, (noun, f"{g.colour} garment"))]
+
+
+def full_text(g: Garment) -> str:
+    """Every attribute in one fixed sentence."""
+    marks = "plain" if g.pattern == "plain" else f"{PATTERN_WORDS[g.pattern][0][0]} with {g.second}"
+    neck = {"round": "round", "v": "v", "square": "square"}[g.neckline]
+    sleeve = {"sleeveless": "no sleeves", "short": "short sleeves", "long": "long sleeves"}[g.sleeve]
+    return f"{g.colour} {marks} {LENGTH_WORDS[g.length][0]} {g.category}, {sleeve}, {neck} neckline"
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def stream(seed: int, split: str, index: int, purpose: int) -> np.random.Generator:
+    """The random numbers of one item and one purpose (0 garment, 1 person, 2 texts): independent of all others."""
+    return np.random.default_rng([seed, SPLITS.index(split), index, purpose])
+
+
+def item(seed: int, difficulty: float, split: str, index: int) -> tuple[Garment, Person]:
+    return sample_garment(stream(seed, split, index, 0), split), sample_person(
+        stream(seed, split, index, 1), difficulty
+    )
+
+
+def product_path(g: Garment, cloth: str) -> str:
+    kind = {"jacket": "jackets/casual_jackets", "dress": "dresses/casual_dresses"}.get(
+        g.category, f"tops/{g.category}s"
+    )
+    return f"women/{kind}/{90000000 + int(cloth)}"
+
+
+def label_file(g: Garment, split: str) -> str:
+    kind = g.category if g.category in ("jacket", "dress") else "top"
+    return f"{kind}_{split}_detect_all.txt"
+
+
+def save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **({"quality": 97, "subsampling": 0} if path.suffix in (".jpg", ".jpeg") else {}))
+
+
+def write_item(job: tuple) -> dict:
+    """Draw and write one cloth and the person who owns it; returns its row of `attributes_<split>.jsonl`."""
+    root, seed, difficulty, split, index, number, other_index, other_number, size = job
+    g, person = item(seed, difficulty, split, index)
+    name = f"{number:05d}_00"
+    text = stream(seed, split, index, 2)
+    product = product_path(g, f"{number:05d}")
+    captions = [caption(g, text) for _ in range(3)]
+    viton = Path(root, "vitonhd", split)
+    for view in range(3):
+        shot = draw_product(g, view, size)
+        save(shot["image"], Path(root, "fashion200k", product, f"{Path(product).name}_{view}.jpeg"))
+        if view == 0:
+            save(shot["image"], viton / "cloth" / f"{name}.jpg")
+            save(shot["mask"], viton / "cloth-mask" / f"{name}.jpg")
+    save(draw_sketch(g, size), viton / "cloth-sketch" / f"{name}.png")
+    worn = draw_person(person, g, size)
+    save(worn["image"], viton / "image" / f"{name}.jpg")
+    save(worn["agnostic"], viton / "agnostic-v3.2" / f"{name}.jpg")
+    save(worn["mask"], viton / "agnostic-mask" / f"{name}_mask.png")
+    save(worn["pose"], viton / "image-densepose" / f"{name}.jpg")
+    save(worn["parse"], viton / "image-parse-v3" / f"{name}.png")
+    save(worn["sketch"], viton / "im_sketch" / f"{name}.png")
+    body = {"person_id": [-1], "pose_keypoints_2d": [round(float(x), 3) for x in worn["keypoints"].ravel()]}
+    for part in ("face", "hand_left", "hand_right"):
+        body[f"{part}_keypoints_2d"] = []
+    path = viton / "openpose_json" / f"{name}_keypoints.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"version": 1.3, "people": [body]}))
+    other = f"{other_number:05d}_00"
+    if split != "train":  # the true answer of unpaired try-on
+        answer = draw_person(person, item(seed, difficulty, split, other_index)[0], size)
+        save(answer["image"], viton / "truth" / f"{name}_{other}.png")
+        save(answer["garment"], viton / "truth-mask" / f"{name}_{other}.png")
+        save(answer["sketch"], viton / "im_sketch_unpaired" / f"{name}_{other}.png")
+    return {
+        "id": name,
+        "unpaired_cloth": other,
+        "product": product,
+        "label_file": label_file(g, split),
+        "captions": captions,
+        "chunks": chunks(g, text),
+        "garment": asdict(g),
+        "person": asdict(person),
+    }
+
+
+def jobs_of(root: Path, seed: int, difficulty: float, counts: dict, size: tuple[int, int]) -> list[tuple]:
+    """One job an item, over all splits; cloth numbers are unique over the splits, as in VITON-HD."""
+    jobs, start = [], 0
+    for split in SPLITS:
+        count = counts[split]
+        partner = np.arange(count)
+        if split != "train":  # one big cycle: everybody gets somebody else's cloth
+            order = np.random.default_rng([seed, SPLITS.index(split)]).permutation(count)
+            partner[order] = np.roll(order, 1)
+        for i in range(count):
+            j = int(partner[i])
+            jobs.append((str(root), seed, difficulty, split, i, start + i, j, start + j, size))
+        start += count
+    return jobs
+
+
+def write_tables(root: Path, rows: dict[str, list[dict]]) -> None:
+    """Pair lists, labels, MGD's captions and the attributes, from the rows of `write_item`."""
+    labels: dict[str, list[str]] = {
+        f"{k}_{s}_detect_all.txt": [] for k in ("top", "jacket", "dress") for s in SPLITS
+    }
+    for split, items in rows.items():
+        pairs = [f"{row['id']}.jpg {row['unpaired_cloth']}.jpg\n" for row in items]
+        (root / "vitonhd" / f"{split}_pairs.txt").write_text("".join(pairs))
+        (root / f"attributes_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in items))
+        for row in items:
+            path = f"{row['product']}/{Path(row['product']).name}"
+            labels[row["label_file"]] += [f"{path}_{v}.jpeg\t0.99\t{row['captions'][v]}\n" for v in range(3)]
+    (root / "fashion200k" / "labels").mkdir(parents=True, exist_ok=True)
+    for name, lines in labels.items():
+        (root / "fashion200k" / "labels" / name).write_text("".join(lines))
+    captions = {row["id"][:5]: row["chunks"] for items in rows.values() for row in items}
+    (root / "vitonhd" / "captions.json").write_text(json.dumps(captions))
+
+
+def ensure(
+    root: str | Path,
+    seed: int = 0,
+    difficulty: float = 1.0,
+    train: int = COUNTS["train"],
+    val: int = COUNTS["val"],
+    test: int = COUNTS["test"],
+    size: tuple[int, int] = (128, 96),
+    workers: int = 2,
+    quiet: bool = False,
+) -> Path:
+    """Draw the world under `root` unless it is there already; returns `root`.
+
+    It is drawn beside `root` and renamed at the end, so a folder with this name is always complete.
+    Raises UserError if `root` holds a world of other settings, or something else.
+    """
+    root = Path(root)
+    counts = {"train": train, "val": val, "test": test}
+    settings = {
+        "version": VERSION,
+        "seed": seed,
+        "difficulty": difficulty,
+        "counts": counts,
+        "size": list(size),
+    }
+    if (root / "toy.json").is_file():
+        found = json.loads((root / "toy.json").read_text())
+        if found == settings:
+            return root
+        raise UserError(
+            f"{root} holds a ToyFashion of other settings: {found}; wanted {settings}. Remove it or name another folder."
+        )
+    if root.exists() and any(root.iterdir()):
+        raise UserError(f"{root} exists and is not a ToyFashion folder; name another folder.")
+    if 1 in (val, test) or min(counts.values()) < 0:
+        raise UserError(
+            "--val and --test need at least 2 items, since everybody is paired with somebody else's cloth."
+        )
+    temporary = root.with_name(f"{root.name}.part-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "vitonhd").mkdir(parents=True)
+    jobs = jobs_of(temporary, seed, difficulty, counts, size)
+    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    try:
+        with ProcessPoolExecutor(max(1, workers)) as pool:
+            results = pool.map(write_item, jobs, chunksize=16)
+            for job, row in zip(
+                jobs, tqdm(results, "drawing ToyFashion", len(jobs), disable=quiet), strict=True
+            ):
+                rows[job[3]].append(row)
+        write_tables(temporary, rows)
+        (temporary / "toy.json").write_text(json.dumps(settings))
+        if root.exists():
+            root.rmdir()
+        temporary.rename(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return root
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Draw ToyFashion in the layouts of Fashion200K, VITON-HD and MGD."
+    )
+    parser.add_argument("--out", default="data/toy", help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--difficulty", type=float, default=1.0, help="pose variation; 1.0 is version 1")
+    for split, count in COUNTS.items():
+        parser.add_argument(
+            f"--{split}", type=int, default=count, help=f"garments and persons in {split} ({count})"
+        )
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = vars(parser.parse_args())
+    try:
+        print(f"ToyFashion version {VERSION} is in {ensure(args.pop('out'), **args)}")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""The strict loading engine against planted mistakes: in the table, in the checkpoint, in the file."""
+
+import os
+import pickle
+import sys
+import weakref
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tests.published import published
+from unifashion import UserError
+from unifashion.config import FULL
+from unifashion.vae import VAE
+from weights import vae
+from weights.rename import Table, load_into, read_checkpoint, rename, under
+
+TABLE: Table = {
+    "stem.*": "0.*",
+    "blocks.#.norm.*": "1.#.*",
+    "blocks.9.*": None,  # one block more than we use
+    "head.*": None,
+}
+
+
+# names
+
+
+def test_layer_numbers_and_the_rest_of_a_name_are_carried_over():
+    table: Table = {"down.#.block.#.conv.*": "levels.#.blocks.#.c.*", "temp": "t"}
+    names = ["down.0.block.12.conv.weight", "down.3.block.0.conv.a.b", "temp"]
+    ours = rename({name: torch.tensor(i) for i, name in enumerate(names)}, table)
+    assert ours == {"levels.0.blocks.12.c.weight": 0, "levels.3.blocks.0.c.a.b": 1, "t": 2}
+
+
+def test_dots_and_hashes_mean_no_more_than_they_say():
+    for name in ("blocksx0.w", "blocks.a.w", "blocks.0.1.w", "xblocks.0.w", "blocks.0.wx"):
+        with pytest.raises(UserError, match="no row of the table names it"):
+            rename({name: torch.ones(1)}, {"blocks.#.w": "w.#"})
+
+
+def test_a_sub_table_stands_behind_its_prefixes():
+    rows: Table = {"a.*": "x.*", "b": None}
+    assert under("net.#.", "ours.#.", rows) == {"net.#.a.*": "ours.#.x.*", "net.#.b": None}
+
+
+def test_what_is_left_out_may_be_there_or_not():
+    module = network()
+    load_into(module, checkpoint(), TABLE)
+    load_into(
+        module, checkpoint() | {"blocks.9.norm.weight": torch.ones(5), "head.bias": torch.ones(7)}, TABLE
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "file", "message"),
+    [
+        (TABLE, {"stray.weight": 3}, r"^stray\.weight: no row of the table names it$"),
+        (TABLE | {"stem.bias": "0.bias"}, {}, r"^stem\.bias: the rows stem\.\* and stem\.bias all name it$"),
+        (TABLE | {"tail.*": "2.*"}, {}, r"^tail\.\*: nothing in the checkpoint has the name of this row$"),
+        (TABLE | {"twin.weight": "0.weight"}, {"twin.weight": 3}, r"^stem\.weight and twin\.weight would both become 0\.weight$"),
+        (TABLE, {"stem.bias": None}, r"^the checkpoint has nothing for 0\.bias \(3,\)$"),
+        (TABLE, {"stem.bias": 4}, r"^stem\.bias: shape \(4,\) in the file, \(3,\) in the model \(0\.bias\)$"),
+        (TABLE, {"blocks.2.norm.weight": 5, "blocks.2.norm.bias": 5}, r"^blocks\.2\.norm\.weight: the model has no such layer \(and 1 more like it\)$"),
+    ],
+    ids=["unknown name", "two rows", "dead row", "doubled target", "missing", "shape", "too deep"],
+)  # fmt: skip
+def test_a_mistake_is_one_line_that_names_the_tensor(table: Table, file: dict[str, int | None], message: str):
+    """file: name -> its size, or None where it is taken out of the right checkpoint."""
+    wrong = checkpoint()
+    for name, size in file.items():
+        wrong.pop(name, None)
+        if size is not None:
+            wrong[name] = torch.ones(size)
+    module = network()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        load_into(module, wrong, table)
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+# tensors
+
+
+def test_every_tensor_arrives_and_the_checkpoint_is_unchanged():
+    module, file = network(), checkpoint()
+    before = {name: tensor.clone() for name, tensor in file.items()}
+    load_into(module, file, TABLE)
+    assert torch.equal(module[0].weight, before["stem.weight"])
+    assert torch.equal(module[1][1].bias, before["blocks.1.norm.bias"])
+    assert file.keys() == before.keys() and all(torch.equal(file[name], before[name]) for name in file)
+
+
+def test_a_module_on_the_meta_device_is_filled():
+    with torch.device("meta"):
+        module = network()
+    load_into(module, checkpoint(), TABLE)
+    assert all(isinstance(p, nn.Parameter) and p.device.type == "cpu" for p in module.parameters())
+    assert torch.isfinite(module(torch.ones(2, 4))).all()
+
+
+def test_floating_tensors_take_the_modules_type_or_the_one_asked_for():
+    module = network()
+    module.register_buffer("count", torch.tensor(0))
+    file, table = checkpoint() | {"n": torch.tensor(7)}, TABLE | {"n": "count"}
+    load_into(
+        module, {name: tensor.half() if tensor.ndim else tensor for name, tensor in file.items()}, table
+    )
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    load_into(module, file, table, dtype=torch.bfloat16)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert module.count.dtype == torch.int64 and module.count == 7
+
+
+def test_frozen_parameters_stay_frozen():
+    module = network().requires_grad_(False)
+    module[0].requires_grad_(True)
+    load_into(module, checkpoint(), TABLE)
+    assert [p.requires_grad for p in module.parameters()] == [True, True, False, False, False, False]
+
+
+def test_originals_are_freed_one_by_one_as_they_are_cast():
+    alive: list[weakref.ref] = []
+    seen: list[int] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is Tensor.to:
+                seen.append(sum(ref() is not None for ref in alive))
+            return func(*args, **(kwargs or {}))
+
+    def read() -> dict[str, Tensor]:
+        file = checkpoint()
+        alive.extend(weakref.ref(tensor) for tensor in file.values())
+        return file
+
+    with Watch():
+        load_into(network(), read(), TABLE, dtype=torch.float64)
+    assert seen == [6, 5, 4, 3, 2, 1]
+
+
+def test_one_file_fills_several_modules():
+    parts = nn.ModuleDict({"unet": nn.Linear(2, 3), "vae": nn.Linear(4, 5)})
+    file = {"model.weight": torch.ones(3, 2), "model.bias": torch.ones(3), "first_stage.weight": torch.ones(5, 4),
+            "first_stage.bias": torch.ones(5), "logvar": torch.ones(1000)}  # fmt: skip
+    rows: Table = {"*": "*"}
+    table = under("model.", "unet.", rows) | under("first_stage.", "vae.", rows) | {"logvar": None}
+    load_into(parts, file, table)
+    assert parts["unet"].weight.sum() == 6 and parts["vae"].weight.sum() == 20
+    with pytest.raises(UserError, match=r"^first_stage\.weight: no row"):
+        load_into(parts, file, {row: ours for row, ours in table.items() if "first_stage" not in row})
+
+
+def test_a_prefix_stands_before_every_name_of_the_file():
+    with torch.device("meta"):
+        model = VAE(FULL.vae)
+    file = {f"first_stage_model.{name}": tensor for name, tensor in published("vae_finetuning").items()}
+    load_into(model, file, vae.VAE, prefix="first_stage_model.")
+    with pytest.raises(UserError, match="no row of the table names it"):
+        load_into(model, file, vae.VAE)
+
+
+# files
+
+
+def test_every_container_gives_the_same_tensors(tmp_path: Path):
+    save_file(checkpoint(), tmp_path / "a.safetensors")
+    torch.save(checkpoint(), tmp_path / "zip.pth")
+    torch.save(checkpoint(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    torch.save({"model": checkpoint(), "epoch": 3}, tmp_path / "lavis.pth")
+    torch.save(
+        {"state_dict": checkpoint(), "optimizer_states": [{"m": torch.ones(9)}]}, tmp_path / "lightning.ckpt"
+    )
+    for path in sorted(tmp_path.iterdir()):
+        read = read_checkpoint(path)
+        assert read.keys() == checkpoint().keys(), path.name
+        assert all(torch.equal(read[name], tensor) for name, tensor in checkpoint().items()), path.name
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the kernel does not say what is mapped")
+@pytest.mark.parametrize("name", ["zip.pth", "a.safetensors"])
+def test_files_are_mapped_and_not_read(tmp_path: Path, name: str):
+    (save_file if name.endswith("safetensors") else torch.save)(checkpoint(), tmp_path / name)
+    read = read_checkpoint(tmp_path / name)
+    assert str(tmp_path / name) in Path("/proc/self/maps").read_text()
+    read["stem.bias"].zero_()  # and what is done to the tensors does not reach the file
+    assert torch.equal(read_checkpoint(tmp_path / name)["stem.bias"], checkpoint()["stem.bias"])
+
+
+def test_a_lightning_checkpoint_is_read_without_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    callback = type("ModelCheckpoint", (), {"__module__": name})
+    module = ModuleType(name)
+    module.ModelCheckpoint = callback
+    with monkeypatch.context() as patch:  # the writer has Lightning, the reader has not
+        for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
+            patch.setitem(sys.modules, part, module)
+        callbacks = {callback: {"best_model_score": np.float64(0.25), "monitor": "loss"}}
+        torch.save({"state_dict": checkpoint(), "callbacks": callbacks}, tmp_path / "a.ckpt")
+    assert read_checkpoint(tmp_path / "a.ckpt").keys() == checkpoint().keys()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_pickle_that_asks_for_more_than_tensors_is_refused_and_not_run(tmp_path: Path, zipped: bool):
+    path, trace = tmp_path / "evil.pth", tmp_path / "it_ran"
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(trace),)
+
+    torch.save({"state_dict": checkpoint(), "x": Evil()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=rf"^{path}: refused, its pickle asks for (posix|nt)\.mkdir"):
+        read_checkpoint(path)
+    assert not trace.exists()
+    torch.save({"state_dict": checkpoint(), "x": Harmless()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"asks for tests\.test_rename\.Harmless, no tensor needs it"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["a.safetensors", "zip.pth", "legacy.pth"])
+def test_a_file_cut_short_is_one_line_that_names_it(tmp_path: Path, kind: str):
+    path = tmp_path / kind
+    if path.suffix == ".safetensors":
+        save_file(checkpoint(), path)
+    else:
+        torch.save(checkpoint(), path, _use_new_zipfile_serialization=kind == "zip.pth")
+    content = path.read_bytes()
+    for length in range(0, len(content) - 1, len(content) // 60):
+        path.write_bytes(content[:length])
+        one_line_naming(path)
+
+
+def test_what_is_no_checkpoint_is_one_line_that_names_it(tmp_path: Path):
+    (tmp_path / "page.pth").write_text("<!doctype html><title>404</title>")
+    (tmp_path / "page.safetensors").write_text("<!doctype html><title>404</title>")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"a": 1}, protocol=2))
+    torch.save([torch.ones(2)], tmp_path / "list.pth")
+    torch.save({"state_dict": {"a": torch.ones(2), "lr": 0.1}}, tmp_path / "mixed.pth")
+    torch.save({}, tmp_path / "empty.pth")
+    (tmp_path / "folder").mkdir()
+    for path in [*tmp_path.iterdir(), tmp_path / "missing.pth"]:
+        one_line_naming(path)
+
+
+# helpers
+
+
+class Harmless:
+    pass
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.LayerNorm(3), nn.LayerNorm(3)))
+
+
+def checkpoint() -> dict[str, Tensor]:
+    shapes = {"stem.weight": (3, 4), "stem.bias": (3,)}
+    shapes |= {f"blocks.{i}.norm.{name}": (3,) for i in range(2) for name in ("weight", "bias")}
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def one_line_naming(path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read_checkpoint(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)

@@ -1,13 +1,13 @@
 """Planted faults: a parity test is worth something only if a wrong line breaks it."""
 
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import pytest
 
 
 def plant(patch: pytest.MonkeyPatch, module: ModuleType, target: str, old: str, new: str) -> None:
-    """Until the test ends `target`, a function or "Class.method" of `module`, runs with `old` replaced by `new`.
+    """Until the test ends `target`, a function, "Class.method" or value of `module`, is made with `new` for `old`.
 
     `old` must stand once in the module's source: a fault that no longer fits the code is an error, not a pass.
     """
@@ -19,4 +19,7 @@ def plant(patch: pytest.MonkeyPatch, module: ModuleType, target: str, old: str, 
     *path, name = target.split(".")
     for part in path:
         place, made = getattr(place, part), getattr(made, part)
-    patch.setattr(place, name, getattr(made, name))
+    made = getattr(made, name)
+    if isinstance(made, FunctionType):  # its names are the true module's: only this one thing is wrong
+        made = FunctionType(made.__code__, vars(module), name, made.__defaults__)
+    patch.setattr(place, name, made)

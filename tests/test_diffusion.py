@@ -18,6 +18,7 @@ from tests.goldens import load
 from unifashion import diffusion
 
 GOLDEN = load("plms")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers'
 ATOL = 1e-10  # measured: 7e-15 on latents of up to 7
 
 

@@ -1,0 +1,74 @@
+"""StableVITON's checkpoints: the garment encoder, and how the whole file is read (VITONHD.ckpt, VITONHD_PBE_pose.ckpt).
+
+    model.diffusion_model.*    U-Net 686 tensors; warp_flow_blks, warp_zero_convs 252: the garment encoder's attention
+    control_model.*            garment encoder 300
+    first_stage_model.*        VAE 248 (VITONHD_VAE_finetuning.ckpt has a better one)
+    learnable_vector           what the networks saw for "no condition": may start our null context
+
+The rest is left out, row by row, with its reason.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import weights.vae
+from unifashion.garment import GarmentEncoder
+from unifashion.unet import UNet
+from unifashion.vae import VAE
+from weights.rename import Table, load_into, read_checkpoint, under
+from weights.unet import ENCODER, PREFIX, TRANSFORMER, UNET
+
+# fmt: off
+GARMENT: Table = {
+    # original                                          ours
+    **under("control_model.",                           "", ENCODER),
+    "control_model.cond_first_block.0.*":               "hint_in.*",
+    **under("model.diffusion_model.warp_flow_blks.#.",  "blocks.#.", TRANSFORMER),
+    "model.diffusion_model.warp_zero_convs.#.*":        "zero_convs.#.*",
+}
+STABLEVITON: Table = {
+    **under(PREFIX,                                     "unet.", UNET),
+    **under("",                                         "garment.", GARMENT),
+    **under("first_stage_model.",                       "vae.", weights.vae.VAE),
+    "learnable_vector":                                 "null_context",
+    "cond_stage_model.*":                               None,  # Paint-by-Example's image encoder: our context is the Q-Former's
+    "proj_out.*":                                       None,  # ... and its projection to the context
+    "lastzc.*":                                         None,  # the original makes this 1x1 convolution and never calls it
+    "betas":                                            None,  # the noise schedule, as buffers: diffusion.py computes it
+    "alphas_cumprod":                                   None,
+    "alphas_cumprod_prev":                              None,
+    "sqrt_alphas_cumprod":                              None,
+    "sqrt_one_minus_alphas_cumprod":                    None,
+    "log_one_minus_alphas_cumprod":                     None,
+    "sqrt_recip_alphas_cumprod":                        None,
+    "sqrt_recipm1_alphas_cumprod":                      None,
+    "posterior_variance":                               None,
+    "posterior_log_variance_clipped":                   None,
+    "posterior_mean_coef1":                             None,
+    "posterior_mean_coef2":                             None,
+    "logvar":                                           None,  # weights of the loss per timestep, all zero: not learnt
+}
+# fmt: on
+
+
+def load_stableviton(
+    path: str | Path,
+    unet: UNet,
+    garment: GarmentEncoder,
+    vae: VAE,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> nn.Parameter:
+    """
+    Fill the three modules, which may be on the meta device, from the file -> its learnable_vector (1,1,context_dim).
+
+    That vector is what Paint-by-Example and StableVITON were trained to see when there is no condition: it may start
+    our `UniFashion.null_context`. UserError if the file holds anything that STABLEVITON does not name, or lacks anything.
+    """
+    parts = nn.ModuleDict({"unet": unet, "garment": garment, "vae": vae})
+    null = torch.empty(1, 1, unet.cfg.context_dim, device="meta")
+    parts.register_parameter("null_context", nn.Parameter(null))
+    load_into(parts, read_checkpoint(path), STABLEVITON, dtype=dtype, device=device)
+    return parts.null_context

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForImageTextRetrieval
 
@@ -144,12 +145,16 @@ def test_queries_do_not_see_padding():
     assert torch.equal(z, other)
 
 
-def test_dropout_acts_in_training_and_not_in_evaluation():
+def test_dropout_acts_in_training_and_not_in_evaluation(monkeypatch: pytest.MonkeyPatch):
     golden, model = lavis()
     image = golden.inputs["image_embeds"]
     assert torch.equal(model(image)[0], model(image)[0])
     model.train()
-    assert not torch.equal(model(image)[0], model(image)[0])
+    asked = []
+    monkeypatch.setattr(F, "dropout", lambda x, p, training: asked.append((p, training)) or x)
+    assert not torch.equal(model(image)[0], model(image)[0])  # what still differs is within the attention
+    # once per forward on the embeddings, and after 4 self-attentions, 2 cross-attentions and 4 feed-forwards
+    assert asked == [(0.1, True)] * 2 * (1 + 4 + 2 + 4)
 
 
 def test_the_inputs_are_unchanged():

@@ -202,8 +202,15 @@ def test_a_lightning_checkpoint_is_read_without_lightning(tmp_path: Path, monkey
         for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
             patch.setitem(sys.modules, part, module)
         callbacks = {callback: {"best_model_score": np.float64(0.25), "monitor": "loss"}}
-        torch.save({"state_dict": checkpoint(), "callbacks": callbacks}, tmp_path / "a.ckpt")
-    assert read_checkpoint(tmp_path / "a.ckpt").keys() == checkpoint().keys()
+        content = {"state_dict": checkpoint(), "callbacks": callbacks}
+        torch.save(content, tmp_path / "new.ckpt")
+        torch.save(content, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    written = (
+        (tmp_path / "old.ckpt").read_bytes().replace(b"numpy._core", b"numpy.core")
+    )  # as numpy 1 names it
+    (tmp_path / "old.ckpt").write_bytes(written)
+    for name in ("new.ckpt", "old.ckpt"):
+        assert read_checkpoint(tmp_path / name).keys() == checkpoint().keys()
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

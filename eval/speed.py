@@ -1,0 +1,161 @@
+"""How long one sampler step takes: ours beside diffusers' plain U-Net, taking turns in the same run.
+
+    ours, with the garment    U-Net with 13 input channels, garment encoder, nine attention blocks in the decoder
+    ours, the U-Net alone     the same without a garment: the same work as diffusers'
+    diffusers                 UNet2DConditionModel with 9 input channels, as in Paint-by-Example
+
+All of FULL's width with random weights in bfloat16; latents 64 x 48, 32 context tokens, a batch of 2 as guidance has it.
+Ours gets its context as keys and values, as in sampling, where they are made once per picture. Only ratios within a run
+mean something: times depend on what else the machine does.
+
+    python -m eval.speed [--repeats 5] [--device cpu]
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from unifashion import UserError, training
+from unifashion.blocks import UNetConfig
+from unifashion.config import FULL, TINY
+from unifashion.garment import GarmentEncoder
+from unifashion.unet import UNet
+
+BATCH, TOKENS = 2, 32
+Step = Callable[[], Tensor]
+
+
+def diffusers_unet(cfg: UNetConfig) -> nn.Module:
+    """UNet2DConditionModel as wide as `cfg` and with as many attention blocks."""
+    try:
+        from diffusers import UNet2DConditionModel
+    except ImportError:
+        raise UserError(
+            "eval.speed compares with diffusers, which is not installed: pip install diffusers"
+        ) from None
+    attends = [level in cfg.attention_levels for level in range(len(cfg.widths))]
+    return UNet2DConditionModel(
+        in_channels=cfg.in_channels,
+        out_channels=cfg.out_channels,
+        block_out_channels=tuple(cfg.widths),
+        layers_per_block=cfg.res_blocks,
+        cross_attention_dim=cfg.context_dim,
+        attention_head_dim=cfg.heads,  # the number of heads, in spite of its name
+        down_block_types=tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends),
+        up_block_types=tuple("CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)),
+    )
+
+
+@torch.no_grad()
+def random_weights(make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """A network in bfloat16 filled with one repeated pattern: a billion true random numbers would take longer than the test."""
+    with torch.device("meta"):
+        net = make().bfloat16().eval().requires_grad_(False)
+    net.to_empty(device=device)
+    pattern = (
+        (0.02 * torch.randn(2**20 - 3, generator=torch.Generator().manual_seed(0))).bfloat16().to(device)
+    )
+    for p in net.parameters():
+        p.copy_(pattern.repeat(p.numel() // len(pattern) + 1)[: p.numel()].view_as(p))
+    return net
+
+
+def steps_of(cfg: UNetConfig, latent: tuple[int, int], device: torch.device) -> dict[str, Step]:
+    """Name -> one call for the predicted noise (2,4,y,x)."""
+    nine = replace(cfg, in_channels=9)
+    net, garment = (random_weights(partial(kind, cfg), device) for kind in (UNet, GarmentEncoder))
+    theirs = random_weights(partial(diffusers_unet, nine), device)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(BATCH, *shape).to(device, torch.bfloat16)
+
+    x, hint, context = draw(cfg.in_channels, *latent), draw(4, *latent), draw(TOKENS, cfg.context_dim)
+    t = torch.full((BATCH,), 981, device=device)
+    for_net, for_garment = net.context(context), garment.context(context)
+
+    def dressed() -> Tensor:
+        return net(x, t, for_net, partial(garment.inject, garment(x, t, for_garment, hint), None))
+
+    return {
+        "ours, with the garment": dressed,
+        "ours, the U-Net alone": lambda: net(x, t, for_net),
+        "diffusers": lambda: theirs(x[:, :9], t, context).sample,
+    }
+
+
+@torch.no_grad()
+def measure(
+    steps: dict[str, Step], repeats: int, device: torch.device
+) -> tuple[dict[str, int], dict[str, list[float]]]:
+    """-> multiply-adds of each step, and its seconds in each round. The first round, untimed, counts and warms up."""
+    work, seconds = {}, {name: [] for name in steps}
+    for name, step in steps.items():
+        with FlopCounterMode(display=False) as counter:
+            noise = step()
+        if not noise.isfinite().all():
+            raise RuntimeError(f"{name} gives numbers that are not finite: its time would mean nothing")
+        work[name] = counter.get_total_flops() // 2
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return work, seconds
+
+
+def report(work: dict[str, int], seconds: dict[str, list[float]]) -> str:
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    lines = [f"{'one step, batch ' + str(BATCH):<24}{'GMAC':>9}{'median s':>11}{'ratio':>8}   all, s"]
+    for name, times in seconds.items():
+        ratio = median[name] / median["diffusers"]
+        every = " ".join(f"{s:.4g}" for s in times)
+        lines.append(f"{name:<24}{work[name] / 1e9:>9.4g}{median[name]:>11.4g}{ratio:>8.2f}   {every}")
+    return "\n".join(lines)
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        what = torch.cuda.get_device_name()
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        names = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        model = next(
+            (line.split(": ")[1] for line in names if line.startswith("model name")), platform.processor()
+        )
+        what = f"{model}, {torch.get_num_threads()} threads"
+    return f"{what}; torch {torch.__version__}; bfloat16"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds; medians are reported")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    parser.add_argument(
+        "--tiny", action="store_true", help="the TINY preset: seconds instead of minutes, no meaning"
+    )
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        raise UserError(f"--repeats is {args.repeats}, must be at least 1")
+    device = training.pick_device(args.device)
+    training.fast_malloc()
+    preset = TINY if args.tiny else FULL
+    torch.manual_seed(0)
+    print(machine(device), flush=True)
+    print(report(*measure(steps_of(preset.unet, preset.latent, device), args.repeats, device)))
+
+
+if __name__ == "__main__":
+    training.run(main)

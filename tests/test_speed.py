@@ -1,0 +1,76 @@
+"""eval/speed.py on the TINY preset: it runs, and what it prints is what it measured. No time is asserted."""
+
+import re
+
+import pytest
+import torch
+
+from eval import speed
+from unifashion import UserError
+from unifashion.config import FULL, TINY
+from unifashion.garment import GarmentEncoder
+from unifashion.unet import UNet
+
+CPU = torch.device("cpu")
+
+
+def test_it_prints_the_machine_and_each_network_with_its_ratio(capsys):
+    speed.main(["--tiny", "--repeats", "2", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert f"{torch.get_num_threads()} threads" in out and torch.__version__ in out
+    for name in ("ours, with the garment", "ours, the U-Net alone", "diffusers"):
+        assert re.search(rf"^{name} +\S+ +\S+ +\d+\.\d\d   \S+ \S+$", out, re.MULTILINE)
+
+
+def test_the_ratio_is_of_medians_to_diffusers():
+    seconds = {"ours": [9.0, 3.0, 1.0], "diffusers": [2.0, 50.0, 1.0]}
+    lines = speed.report({"ours": 2 * 10**9, "diffusers": 10**9}, seconds).splitlines()
+    assert lines[1].split()[:4] == ["ours", "2", "3", "1.50"]
+    assert lines[2].split()[:4] == ["diffusers", "1", "2", "1.00"]
+
+
+def test_networks_take_turns_and_the_first_round_is_not_timed():
+    calls = []
+    steps = {name: lambda name=name: (calls.append(name), torch.ones(1))[1] for name in "ab"}
+    _, seconds = speed.measure(steps, 3, CPU)
+    assert calls == list("ab" * 4)
+    assert [len(times) for times in seconds.values()] == [3, 3]
+
+
+def test_numbers_that_are_not_finite_are_not_timed():
+    with pytest.raises(RuntimeError, match="not finite"):
+        speed.measure({"diffusers": lambda: torch.tensor(float("nan"))}, 1, CPU)
+
+
+def test_ours_alone_does_the_work_of_diffusers_and_the_garment_nearly_doubles_it():
+    steps = speed.steps_of(TINY.unet, TINY.latent, CPU)
+    work, _ = speed.measure(steps, 0, CPU)
+    alone, theirs = work["ours, the U-Net alone"], work["diffusers"]
+    assert (
+        0.97 < alone / theirs < 1.03
+    )  # other input channels, and no keys and values of the context at every step
+    assert 1.5 < work["ours, with the garment"] / theirs < 2.2
+
+
+def test_diffusers_is_as_large_as_ours_at_full_size():
+    with torch.device("meta"):
+        ours, theirs = UNet(FULL.unet), speed.diffusers_unet(FULL.unet)
+    assert (
+        sum(p.numel() for p in ours.parameters())
+        == sum(p.numel() for p in theirs.parameters())
+        == 859_546_884
+    )
+
+
+def test_every_random_weight_is_a_usable_number():
+    net = speed.random_weights(lambda: GarmentEncoder(TINY.unet), CPU)
+    for p in net.parameters():
+        assert p.dtype == torch.bfloat16 and p.isfinite().all() and p.abs().max() < 1
+        assert p.numel() < 100 or p.float().std() > 0.01
+
+
+def test_wrong_arguments_are_one_line():
+    with pytest.raises(UserError, match="repeats"):
+        speed.main(["--repeats", "0"])
+    with pytest.raises(UserError, match="device"):
+        speed.main(["--tiny", "--device", "abacus"])

@@ -133,7 +133,8 @@ class QFormer(nn.Module):
         x = self.embed_norm(torch.cat(parts, dim=1))
         x = F.dropout(x, self.cfg.dropout, self.training)
         if mask is not None:
-            seen = F.pad(mask.bool(), (n_queries, 0), value=True)  # everyone sees all queries and the real tokens
+            # everyone sees all queries and the real tokens
+            seen = F.pad(mask.bool(), (n_queries, 0), value=True)
             mask = rearrange(seen, "b k -> b 1 1 k")
         for layer in self.layers:
             x = layer(x, n_queries, image, mask)

@@ -25,7 +25,7 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         if any(side % self.patch_size for side in self.image_size):
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(f"image_size {self.image_size} does not divide by patch_size {self.patch_size}")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} does not divide into {self.heads} heads")
 

@@ -167,8 +167,8 @@ def pose_parts(body: Body) -> list[tuple[list[np.ndarray], np.ndarray, tuple[flo
 
 
 # One hue per part in `pose_parts` order (right leg, foot, thigh; left; torso; right arm, forearm, hand; left; head):
-# neighbours along a limb are far apart on the wheel of 14.
-POSE_HUES = np.array([0, 4, 8, 2, 6, 10, 12, 1, 5, 9, 3, 7, 11, 13]) / 14
+# parts that touch are far apart on the wheel of 14.
+POSE_HUES = np.array([0, 4, 8, 13, 6, 10, 12, 1, 5, 9, 3, 7, 11, 2]) / 14
 
 
 def draw_pose(person: Person, size: tuple[int, int] = (128, 96)) -> Image.Image:

@@ -208,16 +208,16 @@ def pattern_cover(pattern: str, u: np.ndarray, v: np.ndarray, sharp: float) -> n
     if pattern == "plain":
         return np.zeros_like(u)
     if pattern == "striped":
-        inside = band(v - 6, 10.4, 4.2)
+        inside = band(v - 6, 10.4, 3.8)
     elif pattern == "pinstriped":
         inside = band(u - 5.3, 10.6, 3.6)
     elif pattern == "dotted":
         row = np.round((v - 3) / 9.2)
-        inside = 3.1 - np.hypot((u + 5.4 * (row % 2) + 5.4) % 10.8 - 5.4, v - 3 - 9.2 * row)
+        inside = 2.9 - np.hypot((u + 5.4 * (row % 2) + 5.4) % 10.8 - 5.4, v - 3 - 9.2 * row)
     elif pattern == "checked":
-        inside = np.maximum(band(u - 6, 12, 2.7), band(v - 5, 12, 2.7))
+        inside = np.maximum(band(u - 6, 12, 2.6), band(v - 5, 12, 2.6))
     else:
-        inside = band(v + 0.75 * np.abs((u + 7) % 14 - 7), 10.6, 4.4) * 0.8
+        inside = band(v + 0.75 * np.abs((u + 7) % 14 - 7), 10.6, 3.8) * 0.8
     return np.clip(0.5 + inside * sharp, 0, 1)
 
 

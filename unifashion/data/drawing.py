@@ -82,12 +82,8 @@ class Canvas:
         for polygon in polygons:
             draw.polygon((polygon * scale - 0.5).ravel().tolist(), fill=255)
         for line, line_width in lines:
-            draw.line(
-                (line * scale - 0.5).ravel().tolist(),
-                fill=255,
-                width=round(line_width * scale),
-                joint="curve",
-            )
+            points = (line * scale - 0.5).ravel().tolist()
+            draw.line(points, fill=255, width=round(line_width * scale), joint="curve")
         return np.asarray(picture.reduce(SUPERSAMPLE), np.float32) / 255
 
     def local(self, frame: np.ndarray) -> np.ndarray:
@@ -97,17 +93,12 @@ class Canvas:
 
     def soft(self, cover: np.ndarray, radius: float, shift: tuple = (0, 0)) -> np.ndarray:
         """A cover blurred by `radius` units and moved: contact shadows and rounded edges."""
-        blurred = Image.fromarray((cover * 255).astype(np.uint8)).filter(
-            ImageFilter.GaussianBlur(radius * self.ratio)
-        )
+        grey = Image.fromarray((cover * 255).astype(np.uint8))
+        blurred = grey.filter(ImageFilter.GaussianBlur(radius * self.ratio))
         if shift == (0, 0):
             return np.asarray(blurred, np.float32) / 255
-        moved = blurred.transform(
-            blurred.size,
-            Image.Transform.AFFINE,
-            (1, 0, -shift[0] * self.ratio, 0, 1, -shift[1] * self.ratio),
-            Image.Resampling.BILINEAR,
-        )
+        back = (1, 0, -shift[0] * self.ratio, 0, 1, -shift[1] * self.ratio)  # from the result to the source
+        moved = blurred.transform(blurred.size, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR)
         return np.asarray(moved, np.float32) / 255
 
     def paint(self, colour, cover: np.ndarray, label: int | None = None, cloth: bool = False) -> None:

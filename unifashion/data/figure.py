@@ -51,10 +51,12 @@ GREY = 128  # the agnostic picture's fill
 
 
 def skin_of(person: Person) -> np.ndarray:
+    """The person's skin colour (3,)."""
     return np.array(SKIN[person.skin], np.float32)
 
 
 def leg_radii(person: Person) -> tuple[float, float, float]:
+    """Of the trousers, at hip, knee and ankle; they show below the mask, so that the cut can be told there."""
     return {"slim": (6.4, 4.4, 3.4), "wide": (6.6, 6.0, 6.6)}.get(person.bottom, (6.6, 5.2, 4.7))
 
 
@@ -81,10 +83,8 @@ def prop_shapes(person: Person) -> list[tuple[np.ndarray, tuple[int, int, int]]]
     base = person.floor_height + 5
     if person.prop == "plant":
         pot = [(-5, -10), (5, -10), (4, 0), (-4, 0)]
-        leaves = [
-            (limb((0, -10), (x, y), 0.7, 2.4), (86, 136, 92))
-            for x, y in ((-7, -24), (0, -30), (6, -25), (-3, -28))
-        ]
+        tips = ((-7, -24), (0, -30), (6, -25), (-3, -28))
+        leaves = [(limb((0, -10), tip, 0.7, 2.4), (86, 136, 92)) for tip in tips]
         shapes = [*leaves, (np.array(pot, float), (190, 118, 86))]
     elif person.prop == "lamp":
         shade = [(-3.5, -62), (3.5, -62), (6.5, -50), (-6.5, -50)]
@@ -104,20 +104,14 @@ def prop_shapes(person: Person) -> list[tuple[np.ndarray, tuple[int, int, int]]]
 
 
 def paint_legs(canvas: Canvas, person: Person, body: Body) -> None:
+    """Shins, shoes, and trousers or a long skirt over them; both reach below the mask."""
     k, r = body.scale, leg_radii(person)
     colour = TROUSERS[person.bottom_colour]
     for side, (_, knee, ankle) in enumerate(body.leg):
         out = -1 if side == 0 else 1
         paint_rounded(canvas, skin_of(person), [limb(knee, ankle, 3.6 * k, 2.3 * k)], LEGS[side])
-        toe = [
-            (-2.6, -3.2),
-            (-3.3, 1.5),
-            (-2.9 + out, 5.0),
-            (out * 1.2, 6.2),
-            (2.9 + out, 5.0),
-            (3.3, 1.5),
-            (2.6, -3.2),
-        ]
+        toe = [(-2.9 + out, 5.0), (out * 1.2, 6.2), (2.9 + out, 5.0)]
+        toe = [(-2.6, -3.2), (-3.3, 1.5), *toe, (3.3, 1.5), (2.6, -3.2)]
         shoe = smooth(np.array(toe) * k + ankle, closed=True)
         paint_rounded(canvas, SHOE_COLOURS[person.shoes], [shoe], SHOES[side], 0.3)
         sole = shoe[shoe[:, 1] > ankle[1] + 3.8 * k]
@@ -143,40 +137,18 @@ def paint_legs(canvas: Canvas, person: Person, body: Body) -> None:
 def hair_back(style: str) -> list[np.ndarray]:
     """Hair behind the head, body units; none of it falls below the chin."""
     if style == "bob":
-        return [
-            smooth(
-                [
-                    (-7.6, -6.2),
-                    (-8.0, -13),
-                    (-6, -21),
-                    (0, -23.6),
-                    (6, -21),
-                    (8.0, -13),
-                    (7.6, -6.2),
-                    (0, -8),
-                ],
-                True,
-            )
-        ]
+        half = [(-7.2, -7.6), (-8.0, -13), (-6, -21), (0, -23.6)]
+        return [smooth([*half, *[(-x, y) for x, y in half[2::-1]], (0, -9)], closed=True)]
     if style == "bun":
         return [ellipse(0, -23.6, 3.5, 2.9)]
     if style == "ponytail":
-        return [
-            smooth([(3, -22), (8, -21.5), (10.8, -15), (10.0, -7.2), (8.4, -9), (7.6, -15), (4, -18)], True)
-        ]
+        tail = [(3, -22), (8, -21.5), (10.8, -15), (10.0, -7.2), (8.4, -9), (7.6, -15), (4, -18)]
+        return [smooth(tail, closed=True)]
     if style == "afro":
         return [ellipse(0, -16.2, 9.6, 9.0)]
     if style == "curly":
-        spots = [
-            (-6.4, -11),
-            (-7, -15),
-            (-5.6, -19.4),
-            (-2.2, -22.2),
-            (2.2, -22.2),
-            (5.6, -19.4),
-            (7, -15),
-            (6.4, -11),
-        ]
+        half = [(6.4, -11), (7, -15), (5.6, -19.4), (2.2, -22.2)]
+        spots = [*half, *[(-x, y) for x, y in half]]
         return [ellipse(x, y, 2.9, 2.9) for x, y in spots]
     return []
 
@@ -200,6 +172,7 @@ def hair_front(style: str) -> list[np.ndarray]:
 
 
 def paint_head(canvas: Canvas, person: Person, body: Body) -> None:
+    """Face, features, and the hair in front."""
     at = head_frame(body)
     skin, hair = skin_of(person), np.array(HAIR_COLOURS[person.hair_colour], np.float32)
 

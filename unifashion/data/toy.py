@@ -279,26 +279,19 @@ def ensure(
     """
     root = Path(root)
     counts = {"train": train, "val": val, "test": test}
-    settings = {
-        "version": VERSION,
-        "seed": seed,
-        "difficulty": difficulty,
-        "counts": counts,
-        "size": list(size),
-    }
+    settings = {"version": VERSION, "seed": seed, "difficulty": difficulty, "counts": counts}
+    settings["size"] = list(size)
     if (root / "toy.json").is_file():
         found = json.loads((root / "toy.json").read_text())
         if found == settings:
             return root
         raise UserError(
-            f"{root} holds a ToyFashion of other settings: {found}; wanted {settings}. Remove it or name another folder."
+            f"{root} holds a ToyFashion of other settings ({found}, wanted {settings}): name another folder."
         )
     if root.exists() and any(root.iterdir()):
         raise UserError(f"{root} exists and is not a ToyFashion folder; name another folder.")
     if 1 in (val, test) or min(counts.values()) < 0:
-        raise UserError(
-            "--val and --test need at least 2 items, since everybody is paired with somebody else's cloth."
-        )
+        raise UserError("--val and --test need 2 items or more: everybody is paired with another's cloth.")
     temporary = root.with_name(f"{root.name}.part-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "vitonhd").mkdir(parents=True)
@@ -307,9 +300,8 @@ def ensure(
     try:
         with ProcessPoolExecutor(max(1, workers)) as pool:
             results = pool.map(write_item, jobs, chunksize=16)
-            for job, row in zip(
-                jobs, tqdm(results, "drawing ToyFashion", len(jobs), disable=quiet), strict=True
-            ):
+            results = tqdm(results, "drawing ToyFashion", len(jobs), disable=quiet)
+            for job, row in zip(jobs, results, strict=True):
                 rows[job[3]].append(row)
         write_tables(temporary, rows)
         (temporary / "toy.json").write_text(json.dumps(settings))

@@ -1,0 +1,342 @@
+"""ToyFashion against its promises: one mask a person, a reachable true answer, visible attributes, separate splits."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unifashion import UserError
+from unifashion.data import toy
+from unifashion.data.body import POSE_HUES, Body, body_of, pose_parts
+from unifashion.data.cloth import pattern_cover
+from unifashion.data.drawing import apply
+from unifashion.data.texts import CATEGORY_WORDS, LENGTH_WORDS, NECK_WORDS, PATTERN_WORDS, SLEEVE_WORDS
+
+SMALL = {"train": 12, "val": 3, "test": 4, "quiet": True}
+GREY_KNIT = toy.Garment("sweater", "grey", "yellow", "striped", "long", "v", "regular")
+
+
+@pytest.mark.parametrize("difficulty", [1.0, 2.0])
+def test_a_person_in_any_garment_has_one_mask_and_changes_only_inside_it(difficulty):
+    for seed, person in enumerate(persons(4, difficulty)):
+        worn = [toy.draw_person(person, g) for g in (*extreme_garments(), *garments(4, seed))]
+        mask = array(worn[0]["mask"])
+        assert set(np.unique(mask)) == {0, 255}
+        for one in worn:
+            assert np.array_equal(array(one["mask"]), mask)
+            assert not array(one["garment"])[mask == 0].any()
+            assert np.array_equal(array(one["image"])[mask == 0], array(worn[0]["image"])[mask == 0])
+
+
+def test_the_mask_spares_hair_face_hands_shoes_and_shows_the_trousers():
+    for person in persons(40, 1.0):
+        worn = toy.draw_person(person, GREY_KNIT)
+        mask, parse = array(worn["mask"]) > 0, array(worn["parse"])
+        assert not mask[parse == 2].any()
+        assert mask[parse == 13].mean() < 0.05
+        assert not mask[np.isin(parse, (18, 19))].any()
+        assert not mask[np.isin(parse, (14, 15))].all()  # long sleeves: what is left of the arms are hands
+        assert (np.isin(parse, (9, 12)) & ~mask).sum() >= 25
+        assert 0.2 < mask.mean() < 0.45
+
+
+def test_the_agnostic_picture_is_the_person_with_a_grey_hole():
+    worn = toy.draw_person(persons(1)[0], GREY_KNIT)
+    mask, image, agnostic = (array(worn[name]) for name in ("mask", "image", "agnostic"))
+    assert (agnostic[mask > 0] == 128).all()
+    assert np.array_equal(agnostic[mask == 0], image[mask == 0])
+
+
+@pytest.mark.parametrize("pattern", toy.ATTRIBUTES["pattern"])
+def test_the_cloth_on_the_person_is_the_cloth_of_the_product_shot(pattern):
+    # the same point of the torso, through each picture's own frame, has the same nearest colour
+    g = toy.Garment("sweater", "blue", "yellow", pattern, "long", "round", "long")
+    flat, points = array(toy.draw_product(g)["image"]), torso_points()
+    for person in persons(5, 1.0):
+        person = replace(person, arms=((30.0, 30.0), (30.0, 30.0)))  # off the torso
+        worn = array(toy.draw_person(person, g)["image"])
+        a = nearest_of(colours_at(flat, Body(), points), ("blue", "yellow"))
+        b = nearest_of(colours_at(worn, body_of(person), points), ("blue", "yellow"))
+        assert (a == b).mean() > 0.93
+
+
+def test_the_main_colour_covers_clearly_more_than_half():
+    v, u = np.mgrid[-60:60:0.25, -60:60:0.25]
+    for pattern in toy.ATTRIBUTES["pattern"][1:]:
+        assert 0.2 < pattern_cover(pattern, u, v, 1.0).mean() < 0.44
+
+
+def test_the_palette_rule_names_the_main_colour():
+    right = 0
+    for i, (g, person) in enumerate(zip(garments(100, 7), persons(100), strict=True)):
+        shot = toy.draw_product(g) if i % 2 else toy.draw_person(person, g)
+        right += (
+            toy.main_colour(array(shot["image"]), array(shot["mask" if i % 2 else "garment"]) > 0) == g.colour
+        )
+    assert right >= 99
+
+
+@pytest.mark.parametrize("pattern", toy.ATTRIBUTES["pattern"][1:])
+def test_patterns_survive_a_quarter_of_the_size(pattern):
+    # along the line from the main to the second colour, 1 is the full contrast
+    g = toy.Garment("dress", "blue", "yellow", pattern, "long", "round", "maxi")
+    shots = [toy.draw_product(x) for x in (g, replace(g, pattern="plain"))]
+    small, plain = (np.asarray(s["image"].reduce(4), float) for s in shots)
+    inside = array(shots[0]["mask"].reduce(4)) == 255
+    axis = np.subtract(toy.PALETTE["yellow"], toy.PALETTE["blue"])
+    marks = ((small - plain)[inside] @ axis) / (axis @ axis)
+    assert np.percentile(marks, 92) - np.percentile(marks, 8) > 0.5
+
+
+def test_garments_that_differ_in_one_attribute_look_different():
+    for name, values in toy.ATTRIBUTES.items():
+        values = toy.TOP_LENGTHS if name == "length" else tuple(v for v in values if v != "dress")
+        variants = [replace(GREY_KNIT, **{name: value}) for value in values]
+        shots = [array(toy.draw_product(g)["image"]).astype(int) for g in variants]
+        assert min(np.abs(a - b).sum() for i, a in enumerate(shots) for b in shots[:i]) > 10_000, name
+
+
+def test_sketches_show_shape_but_neither_colour_nor_pattern():
+    g = toy.Garment("jacket", "red", "white", "checked", "short", "square", "regular")
+    sketch = array(toy.draw_sketch(g))
+    assert np.array_equal(
+        sketch, array(toy.draw_sketch(replace(g, colour="white", pattern="plain", second="black")))
+    )
+    assert not np.array_equal(sketch, array(toy.draw_sketch(replace(g, neckline="v"))))
+    assert 0.01 < (sketch > 127).mean() < 0.15 and np.median(sketch) == 0
+    assert not sketch[~grow(array(toy.draw_product(g)["mask"]) > 0, 3)].any()
+
+
+def test_the_pose_picture_tells_part_and_place():
+    person = persons(1)[0]
+    pose, parts = array(toy.draw_pose(person)) / 255, pose_parts(body_of(person))
+    torso = np.array([(-6, 12), (6, 12), (-6, 28), (6, 28)])  # right and left chest, right and left hip
+    hue, saturation, value = hsv(colours_at(pose, body_of(person), torso))
+    assert np.allclose(hue, POSE_HUES[6], atol=0.01)
+    assert (saturation[[1, 3]] > saturation[[0, 2]] + 0.15).all()
+    assert (value[2:] > value[:2] + 0.15).all()
+    assert len(set(POSE_HUES)) == len(parts) == 14
+    hues, _, _ = hsv(pose[pose.max(-1) > 0])
+    assert np.abs((hues[:, None] - POSE_HUES + 0.5) % 1 - 0.5).min(1).max() < 0.02
+
+
+def test_keypoints_lie_on_the_person():
+    for person in persons(10):
+        worn = toy.draw_person(person, replace(GREY_KNIT, sleeve="sleeveless"))
+        parse, (x, y) = array(worn["parse"]), worn["keypoints"][:, :2].astype(int).T
+        labels = parse[y, x]
+        assert labels[0] == labels[15] == labels[16] == 13
+        assert (labels[[3, 4]] == 15).all() and (labels[[6, 7]] == 14).all()  # right elbow, wrist; left ones
+        assert labels[22] == 18 + 1 and labels[19] == 18  # big toes
+        assert x[4] < x[7] and x[9] < x[12]  # the person's right is left in the picture
+
+
+def test_second_colours_differ_clearly_from_the_first():
+    for first, seconds in toy.SECOND.items():
+        assert first not in seconds and len(seconds) >= 5
+        for second in seconds:
+            assert np.linalg.norm(toy.lab(toy.PALETTE[first]) - toy.lab(toy.PALETTE[second])) >= 48
+
+
+def test_splits_own_whole_combinations_in_the_promised_shares():
+    tops = product(
+        *(toy.ATTRIBUTES[n] for n in ("category", "colour", "pattern", "sleeve", "neckline")), range(3)
+    )
+    owners = Counter()
+    for category, colour, pattern, sleeve, neckline, i in tops:
+        length = (toy.DRESS_LENGTHS if category == "dress" else toy.TOP_LENGTHS)[i]
+        g = toy.Garment(category, colour, "black", pattern, sleeve, neckline, length)
+        owners[toy.split_of(g)] += 1
+        assert toy.split_of(g) == toy.split_of(replace(g, second="white"))
+    shares = {split: owners[split] / sum(owners.values()) for split in toy.SPLITS}
+    assert shares == pytest.approx({"train": 0.85, "val": 0.05, "test": 0.10}, abs=0.01)
+
+
+def test_no_combination_of_val_or_test_is_written_to_train(world):
+    seen = {split: {combination(row) for row in rows(world, split)} for split in toy.SPLITS}
+    assert all(seen.values())
+    assert not seen["train"] & (seen["val"] | seen["test"]) and not seen["val"] & seen["test"]
+
+
+def test_the_true_answer_is_the_same_person_in_the_paired_cloth(world):
+    by_id = {row["id"]: row for row in rows(world, "test")}
+    pairs = [line.split() for line in (world / "vitonhd/test_pairs.txt").read_text().splitlines()]
+    assert sorted(p for p, _ in pairs) == sorted(c for _, c in pairs)
+    for person, cloth in ([Path(name).stem for name in pair] for pair in pairs):
+        assert person != cloth
+        drawn = toy.draw_person(person_of(by_id[person]), toy.Garment(**by_id[cloth]["garment"]))
+        truth = Image.open(world / f"vitonhd/test/truth/{person}_{cloth}.png")
+        assert np.array_equal(array(truth), array(drawn["image"]))
+        garment = Image.open(world / f"vitonhd/test/truth-mask/{person}_{cloth}.png")
+        assert np.array_equal(array(garment), array(drawn["garment"]))
+
+
+def test_the_same_settings_give_the_same_bytes_whatever_the_processes(world, tmp_path):
+    again = toy.ensure(tmp_path / "again", **SMALL, workers=1)
+    assert contents(world) == contents(again)
+    assert contents(world) != contents(toy.ensure(tmp_path / "other", **SMALL, seed=1))
+
+
+def test_a_complete_world_is_reused_and_another_is_refused(world):
+    before = {path: path.stat().st_mtime_ns for path in world.rglob("*")}
+    toy.ensure(world, **SMALL)
+    assert before == {path: path.stat().st_mtime_ns for path in world.rglob("*")}
+    with pytest.raises(UserError, match="other settings"):
+        toy.ensure(world, **{**SMALL, "seed": 5})
+
+
+def test_a_foreign_folder_is_refused_and_untouched(tmp_path):
+    (tmp_path / "holiday.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a ToyFashion folder"):
+        toy.ensure(tmp_path, **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.txt"]
+
+
+def test_an_interrupted_drawing_leaves_no_folder(tmp_path, monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy, "write_tables", stop)
+    with pytest.raises(KeyboardInterrupt):
+        toy.ensure(tmp_path / "toy", train=1, val=0, test=0, quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [toy.caption, lambda g, rng: ", ".join(toy.chunks(g, rng))])
+def test_texts_say_colour_pattern_and_category_always_and_the_rest_mostly(write):
+    rng, said, n = np.random.default_rng(0), Counter(), 1500
+    for g in garments(n, 3):
+        text = write(g, rng)
+        assert g.colour in text and any(word in text for word in CATEGORY_WORDS[g.category]), text
+        if g.pattern != "plain":
+            words = [word.removeprefix("a ") for group in PATTERN_WORDS[g.pattern] for word in group]
+            assert g.second in text and any(word in text for word in words), text
+        said["sleeve"] += any(word in text for group in SLEEVE_WORDS[g.sleeve] for word in group)
+        said["neckline"] += any(word in text for group in NECK_WORDS[g.neckline] for word in group)
+        said["length"] += any(f"{word} " in text.replace("long-sl", "") for word in LENGTH_WORDS[g.length])
+    assert {name: count / n for name, count in said.items()} == pytest.approx(
+        {"sleeve": 0.8, "neckline": 0.8, "length": 0.8}, abs=0.04
+    )
+
+
+def test_the_full_text_tells_all_garments_apart():
+    some = list({replace(g, second="black" if g.pattern == "plain" else g.second) for g in garments(3000, 4)})
+    assert len({toy.full_text(g) for g in some}) == len(some)
+
+
+def test_version_1_stays_as_it_is():
+    # numbers are published on version 1: whoever changes these must raise VERSION
+    g, person = toy.item(0, 1.0, "test", 3)
+    assert toy.VERSION == 1
+    assert asdict(g) == GARMENT_3
+    assert person.arms == ARMS_3
+    thumbnail = toy.draw_person(person, g)["image"].resize((3, 4), Image.Resampling.BOX)
+    assert np.abs(array(thumbnail).astype(int)[..., 1] - THUMBNAIL_3).max() <= 1
+    flat = toy.draw_product(g)["image"].resize((3, 4), Image.Resampling.BOX)
+    assert np.abs(array(flat).astype(int)[..., 1] - FLAT_3).max() <= 1
+
+
+# Test item 3 of seed 0, and the green channel of its pictures at 3x4 pixels.
+GARMENT_3 = {
+    "category": "t-shirt",
+    "colour": "grey",
+    "second": "yellow",
+    "pattern": "striped",
+    "sleeve": "sleeveless",
+    "neckline": "v",
+    "length": "cropped",
+}
+ARMS_3 = ((41.756, -48.391), (10.622, 0.439))
+THUMBNAIL_3 = [[238, 183, 230], [196, 122, 229], [230, 90, 211], [192, 108, 176]]
+FLAT_3 = [[238, 228, 236], [242, 187, 238], [239, 240, 236], [233, 234, 231]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return toy.ensure(tmp_path_factory.mktemp("toy") / "world", **SMALL)
+
+
+def array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image)
+
+
+def garments(n: int, seed: int = 0) -> list[toy.Garment]:
+    rng = np.random.default_rng(seed)
+    return [toy.sample_garment(rng) for _ in range(n)]
+
+
+def extreme_garments() -> list[toy.Garment]:
+    """The longest and widest of each category, in every neckline and sleeve."""
+    return [
+        toy.Garment(
+            category, "red", "white", "dotted", sleeve, neckline, "maxi" if category == "dress" else "long"
+        )
+        for category in toy.ATTRIBUTES["category"]
+        for sleeve, neckline in zip(toy.ATTRIBUTES["sleeve"], toy.ATTRIBUTES["neckline"], strict=True)
+    ]
+
+
+def persons(n: int, difficulty: float = 1.0) -> list[toy.Person]:
+    rng = np.random.default_rng(11)
+    return [toy.sample_person(rng, difficulty) for _ in range(n)]
+
+
+def person_of(row: dict) -> toy.Person:
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in row["person"].items()}
+    return toy.Person(**fields)
+
+
+def torso_points() -> np.ndarray:
+    u, v = np.meshgrid(np.arange(-9, 9.1, 1.0), np.arange(11, 36, 1.0))
+    return np.stack([u.ravel(), v.ravel()], 1)
+
+
+def colours_at(picture: np.ndarray, body: Body, points: np.ndarray) -> np.ndarray:
+    """Colours of body points, bilinear, from a 128x96 picture."""
+    x, y = (apply(body.torso, points) - 0.5).T
+    i, j = np.floor(y).astype(int), np.floor(x).astype(int)
+    a, b = (y - i)[:, None], (x - j)[:, None]
+    upper = picture[i, j] * (1 - b) + picture[i, j + 1] * b
+    return upper * (1 - a) + (picture[i + 1, j] * (1 - b) + picture[i + 1, j + 1] * b) * a
+
+
+def nearest_of(colours: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
+    table = np.array([toy.PALETTE[name] for name in names])
+    return np.linalg.norm(colours[:, None] - table, axis=-1).argmin(1)
+
+
+def hsv(rgb: np.ndarray) -> np.ndarray:
+    """(3,n) hue, saturation, value in [0,1] of colours (n,3) in [0,1]."""
+    high, low = rgb.max(1), rgb.min(1)
+    r, g, b = rgb.T
+    spread = np.where(high > low, high - low, 1)
+    sector = np.where(
+        high == r, (g - b) / spread % 6, np.where(high == g, (b - r) / spread + 2, (r - g) / spread + 4)
+    )
+    return np.stack([sector / 6, (high - low) / high, high])
+
+
+def grow(mask: np.ndarray, steps: int) -> np.ndarray:
+    for _ in range(steps):
+        padded = np.pad(mask, 1)
+        mask = mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    return mask
+
+
+def rows(world: Path, split: str) -> list[dict]:
+    return [json.loads(line) for line in (world / f"attributes_{split}.jsonl").read_text().splitlines()]
+
+
+def combination(row: dict) -> tuple:
+    return tuple(row["garment"][name] for name in toy.COMBINATION)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }

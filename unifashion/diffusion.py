@@ -45,7 +45,11 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def timesteps(steps: int) -> list[int]:
-    """Exactly `steps` timesteps, falling: 981, 961, ... 1 for 50 (the original's list where `steps` divides 1000)."""
+    """
+    Exactly `steps` timesteps, falling: 981, 961, ... 1 for 50 (the original's list where `steps` divides 1000).
+
+    Raises ValueError unless 2 to 500. A sampler is a generator: it raises when the first latent is asked for.
+    """
     if not 2 <= steps <= 500:
         raise ValueError(f"steps is {steps}, must be 2 to 500")
     return [i * (TIMESTEPS // steps) + 1 for i in reversed(range(steps))]

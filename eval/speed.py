@@ -14,6 +14,7 @@ mean something: times depend on what else the machine does.
 import argparse
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -111,6 +112,7 @@ def measure(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
+            print(f"{name}: {seconds[name][-1]:.4g} s", file=sys.stderr, flush=True)
     return work, seconds
 
 

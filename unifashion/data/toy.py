@@ -4,8 +4,15 @@
 
 Everything follows from (version, seed): the same settings give the same bytes, whatever the number of processes.
 Whole combinations of (category, colour, pattern, sleeve, neckline, length) belong to one split only, so that test
-garments are never seen in training. Because the world is drawn, the truth is known: the attributes of every picture
-(`attributes_<split>.jsonl`), and the same person drawn in the other garment (`vitonhd/<split>/truth`).
+garments are never seen in training. Because the world is drawn, the truth is known.
+
+    toy.json                        version, seed, counts, difficulty, picture size
+    attributes_{train,val,test}.jsonl    the truth: one row a cloth and the person who owns it
+    fashion200k/                    labels/*_detect_all.txt and women/: three views a garment, a caption each
+    vitonhd/                        VITON-HD, with MGD's captions.json, im_sketch/ and im_sketch_unpaired/ and
+                                    UniFashion's in-shop sketches in cloth-sketch/. Ours: the split val; and in val and
+                                    test, truth/<person>_<cloth>.png, the same person drawn in the other cloth, and
+                                    truth-mask/ of the same name, where it shows that cloth
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Phase 1, cross-modal pre-training (Sec. 3.1): image-text pairs teach the Q-Former, then its readers, one after the other.
 
-    align      ITC + ITM                  Eq. 3-5   the Q-Former learns to compare pictures and texts
-    generate   q2I                        Eq. 7     the image adapter and the U-Net learn to draw a picture from Z_I
+align      ITC + ITM                  Eq. 3-5   the Q-Former learns to compare pictures and texts
+generate   q2I                        Eq. 7     the image adapter and the U-Net learn to draw a picture from Z_I
 
-    python train_phase1.py --data toy --preset tiny --stage align --out runs/align
+python train_phase1.py --data toy --preset tiny --stage align --out runs/align
 """
 
 import argparse
@@ -17,7 +17,6 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
 from unifashion import diffusion, losses, training
-from unifashion.data import toy
 from unifashion.data.fashion200k import Fashion200K
 from unifashion.model import UniFashion
 from unifashion.preprocess import qformer_image, unet_image
@@ -29,7 +28,14 @@ TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
     "generate": ["image_adapter.*", "null_context", "unet.*"],  # Sec. 3.1.2: the Q-Former is frozen
 }
 DEFAULTS = {  # align: the official code's; generate: the paper's appendix B
-    "align": {"batch_size": 128, "lr": 2e-5, "epochs": 10, "steps": None, "weight_decay": 0.05, "betas": (0.9, 0.98)},
+    "align": {
+        "batch_size": 128,
+        "lr": 2e-5,
+        "epochs": 10,
+        "steps": None,
+        "weight_decay": 0.05,
+        "betas": (0.9, 0.98),
+    },
     "generate": {
         "batch_size": 32,
         "lr": 1e-4,
@@ -51,7 +57,7 @@ class Pairs(Dataset):
         return len(self.data)
 
     def products(self) -> list[str]:
-        return [product for part in self.data.datasets for product in part.products]
+        return [Path(path).parent.name for part in self.data.datasets for path, _ in part.rows]
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         item = self.data[i]
@@ -119,7 +125,7 @@ def open_data(names: list[str]) -> Dataset:
     parts = []
     for name, path in (training.name_and_path(n, ("toy", "fashion200k")) for n in names):
         if name == "toy":
-            path = toy.ensure(path) / "fashion200k"
+            path = training.toy_folder(path) / "fashion200k"
         parts.append(Fashion200K(path, "train"))
     return ConcatDataset(parts)
 
@@ -128,7 +134,8 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
     knobs = {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in DEFAULTS[stage].items()}
     encode, loss_of = STAGES[stage]
     device, stop = training.pick_device(args.device), training.Stop()
-    model = load_public(args.preset, args.weights).to(device).train()
+    torch.manual_seed(args.seed)  # what no file holds starts random
+    model = load_public(args.preset, args.weights, device).train()
     modules = training.load_learned(model, training.model_file(init)) if init else []
     parameters = training.set_trainable(model, TRAINABLE[stage])
     modules = sorted({*modules, *(name.split(".")[0] for name in parameters)})
@@ -140,7 +147,11 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
     pairs = Pairs(open_data(args.data), model, tokenizer(args.preset, args.weights))
     train_set, val_set = (Subset(pairs, part) for part in training.held_out(pairs.products()))
     size, accumulate = knobs["batch_size"], args.accumulate
-    steps = args.steps or (args.epochs or knobs["epochs"] or 0) * len(train_set) // (size * accumulate) or knobs["steps"]
+    steps = (
+        args.steps
+        or (args.epochs or knobs["epochs"] or 0) * len(train_set) // (size * accumulate)
+        or knobs["steps"]
+    )
     training.start_run(out, {**vars(args), **knobs, "stage": stage, "steps": steps}, args.resume)
     state = {"step": 0, "best": float("inf")}
     if args.resume:
@@ -155,19 +166,27 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
         model.eval()
         order = training.batch_order(len(val_set), min(size, len(val_set)), 0, 0, 4)
         with torch.no_grad(), training.autocast(device, args.dtype):
-            values = [sum(loss_of(model, b, 0, i).values()) for i, b in enumerate(feed(val_set, order, False))]
+            values = [
+                sum(loss_of(model, b, 0, i).values()) for i, b in enumerate(feed(val_set, order, False))
+            ]
         if stage == "generate":
-            draw_samples(model, feed(val_set, iter([list(range(8))]), False), out / "samples" / f"{state['step']:06}.png")
+            eight = iter([list(range(min(8, len(val_set))))])
+            draw_samples(
+                model, next(feed(val_set, eight, False)), out / "samples" / f"{state['step']:06}.png"
+            )
         model.train()
         return float(torch.stack(values).mean())
 
-    order = training.batch_order(len(train_set), size, args.seed, state["step"] * accumulate, steps * accumulate)
+    order = training.batch_order(
+        len(train_set), size, args.seed, state["step"] * accumulate, steps * accumulate
+    )
     stream = feed(train_set, order, args.cache)
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=stage, mininterval=1)
     for step in bar:
         rate = training.cosine(step, steps, warmup=max(1, steps // 20)) if stage == "align" else 1.0
         for group in optimizer.param_groups:
             group["lr"] = knobs["lr"] * rate
+        torch.manual_seed(args.seed + step)  # dropout, too, depends on the step alone
         for micro in range(accumulate):
             with training.autocast(device, args.dtype):
                 parts = loss_of(model, next(stream), args.seed, step * accumulate + micro)
@@ -181,9 +200,12 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
         state["step"] = step + 1
         done = state["step"] == steps or stop.asked
         if step % 20 == 0 or done:
-            shown = {name: round(float(value), 4) for name, value in parts.items()}
+            shown = {name: round(float(value.detach()), 4) for name, value in parts.items()}
             bar.set_postfix(shown)
-            training.log_line(out, step=step, **shown, lr=knobs["lr"] * rate, norm=round(float(norm), 3), s=bar.format_dict["elapsed"])
+            seconds = round(bar.format_dict["elapsed"], 1)
+            training.log_line(
+                out, step=step, **shown, lr=group["lr"], norm=round(float(norm), 3), seconds=seconds
+            )
         if state["step"] % args.eval_every == 0 or done:
             with training.averaged(ema):
                 val = evaluate()
@@ -196,18 +218,21 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
 
 
 @torch.no_grad()
-def draw_samples(model: UniFashion, batches: Iterator[dict[str, Tensor]], path: Path) -> None:
-    """The pictures of a batch, and what the model draws from their Z_I."""
-    batch = next(batches)
+def draw_samples(model: UniFashion, batch: dict[str, Tensor], path: Path) -> None:
+    """Rows: the pictures of a batch, and what the model draws from their Z_I."""
     scale, shape = model.cfg.vae.scale, batch["mean"].shape
     noise = torch.randn(shape, generator=training.seeded("samples")).to(batch["mean"])
     context = model.image_adapter(batch["z"])
-    *_, latent = model.sample(noise, model.blank_scene(len(noise)), context, steps=20, sampler="ddim", guidance=2.0)
+    *_, latent = model.sample(
+        noise, model.blank_scene(len(noise)), context, steps=20, sampler="ddim", guidance=2.0
+    )
     training.save_sheet([model.vae.decode(batch["mean"] * scale), model.vae.decode(latent)], path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME[=PATH]", help="toy | fashion200k")
     parser.add_argument("--stage", choices=["all", *STAGES], default="all")
     training.common_arguments(parser, DEFAULTS)

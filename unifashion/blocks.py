@@ -24,12 +24,15 @@ class UNetConfig:
     attention_levels: tuple[int, ...] = (0, 1, 2)
     res_blocks: int = 2
     heads: int = 8
+    groups: int = 32  # of every GroupNorm
     context_dim: int = 768
 
     def __post_init__(self) -> None:
         for c in self.widths:
-            if c % 32 or c % self.heads:
-                raise ValueError(f"width {c} does not divide into 32 groups and {self.heads} heads")
+            if c % self.groups or c % self.heads:
+                raise ValueError(
+                    f"width {c} does not divide into {self.groups} groups and {self.heads} heads"
+                )
 
     @property
     def widths(self) -> list[int]:
@@ -52,7 +55,9 @@ class UNetConfig:
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """t (b,) -> (b,dim) = [cos | sin]; in float32 whatever the model's type, as every original computes it."""
-    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    freqs = torch.exp(
+        -math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2)
+    )
     angles = t.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -69,12 +74,12 @@ class TimeEmbed(nn.Module):
 
 
 class ResBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int, time_dim: int) -> None:
+    def __init__(self, c_in: int, c_out: int, time_dim: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, c_in, eps=1e-5)
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-5)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(time_dim, c_out)
-        self.norm2 = nn.GroupNorm(32, c_out, eps=1e-5)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-5)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         zero(self.conv2)
@@ -119,9 +124,9 @@ class GEGLU(nn.Module):
 class SpatialTransformer(nn.Module):
     """Positions attend to each other, then to a context: the Q-Former's output, or the garment's features."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
+    def __init__(self, dim: int, context_dim: int, heads: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(32, dim, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
         self.proj_in = nn.Conv2d(dim, dim, 1)
         self.norm1 = nn.LayerNorm(dim, eps=1e-5)
         self.attn1 = Attention(dim, dim, heads)
@@ -165,8 +170,8 @@ class Rung(nn.Module):
     def __init__(self, cfg: UNetConfig, c_in: int, c_out: int, level: int, up: bool = False) -> None:
         super().__init__()
         attends = level in cfg.attention_levels
-        self.res = ResBlock(c_in, c_out, cfg.time_dim)
-        self.attend = SpatialTransformer(c_out, cfg.context_dim, cfg.heads) if attends else None
+        self.res = ResBlock(c_in, c_out, cfg.time_dim, cfg.groups)
+        self.attend = SpatialTransformer(c_out, cfg.context_dim, cfg.heads, cfg.groups) if attends else None
         self.up = Upsample(c_out) if up else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor, context: Iterator[KV]) -> Tensor:
@@ -190,9 +195,9 @@ class Encoder(nn.Module):
             if level < len(cfg.widths) - 1:
                 blocks.append(Downsample(c))
         self.blocks = nn.ModuleList(blocks)
-        self.middle_in = ResBlock(c, c, cfg.time_dim)
-        self.middle_attend = SpatialTransformer(c, cfg.context_dim, cfg.heads)
-        self.middle_out = ResBlock(c, c, cfg.time_dim)
+        self.middle_in = ResBlock(c, c, cfg.time_dim, cfg.groups)
+        self.middle_attend = SpatialTransformer(c, cfg.context_dim, cfg.heads, cfg.groups)
+        self.middle_out = ResBlock(c, c, cfg.time_dim, cfg.groups)
 
     def down(
         self,

@@ -29,7 +29,9 @@ class UniFashionConfig:
             raise ValueError("unet.out_channels must equal vae.latent_channels")
         cell = self.vae.factor * 2 ** (len(self.unet.channel_mult) - 1)
         if any(side % cell for side in self.picture):
-            raise ValueError(f"picture {self.picture} does not divide by {cell}: the U-Net's skips would not match")
+            raise ValueError(
+                f"picture {self.picture} does not divide by {cell}: the U-Net's skips would not match"
+            )
 
     @property
     def latent(self) -> tuple[int, int]:
@@ -42,7 +44,7 @@ FULL = UniFashionConfig()
 TINY = UniFashionConfig(
     vit=ViTConfig(image_size=(128, 128), patch_size=8, dim=128, depth=4, heads=4, mlp_dim=512),
     qformer=QFormerConfig(
-        vocab_size=400,
+        vocab_size=256,
         max_positions=64,
         max_text=48,
         queries=16,
@@ -54,9 +56,15 @@ TINY = UniFashionConfig(
         embed_dim=64,
         dropout=0.0,
     ),
-    vae=VAEConfig(channels=32, channel_mult=(1, 1, 2), res_blocks=1),
+    vae=VAEConfig(channels=32, channel_mult=(1, 1, 2), res_blocks=1, groups=8),
     unet=UNetConfig(
-        channels=32, channel_mult=(1, 2, 3, 3), attention_levels=(1, 2), res_blocks=1, heads=2, context_dim=128
+        channels=32,
+        channel_mult=(1, 2, 3, 3),
+        attention_levels=(1, 2),
+        res_blocks=1,
+        heads=2,
+        groups=8,
+        context_dim=128,
     ),
     picture=(128, 96),
 )

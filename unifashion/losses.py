@@ -19,7 +19,9 @@ def itc(sim: Tensor, temp: Tensor) -> Tensor:
     return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
 
 
-def hard_negatives(sim: Tensor, temp: Tensor, same: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def hard_negatives(
+    sim: Tensor, temp: Tensor, same: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """
     For each image a text, and for each text an image, that look alike and do not belong together (BLIP-2, Sec. 3.1).
 

@@ -1,8 +1,8 @@
 """UniFashion: wires the parts, and owns the two things between them: the image adapter and the null context.
 
-    picture (b,3,224,224) --see--> (b,257,1408) --Q-Former, text or none--> Z (b,32,768) --image adapter--> context (b,32,768)
-    agnostic, mask, pose  --scene--> (b,9,64,48);  cloth photo or sketch --VAE--> hint (b,4,64,48)
-    noise (b,4,64,48), scene, context, hint --sample--> latent --VAE--> picture (b,3,512,384)
+picture (b,3,224,224) --see--> (b,257,1408) --Q-Former, text or none--> Z (b,32,768) --image adapter--> context (b,32,768)
+agnostic, mask, pose  --scene--> (b,9,64,48);  cloth photo or sketch --VAE--> hint (b,4,64,48)
+noise (b,4,64,48), scene, context, hint --sample--> latent --VAE--> picture (b,3,512,384)
 """
 
 from collections.abc import Iterator

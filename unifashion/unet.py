@@ -28,7 +28,7 @@ class UNet(nn.Module):
                 rungs.append(Rung(cfg, c + skips.pop()[0], width, level, up))
                 c = width
         self.decoder = nn.ModuleList(rungs)
-        self.norm_out = nn.GroupNorm(32, c, eps=1e-5)
+        self.norm_out = nn.GroupNorm(cfg.groups, c, eps=1e-5)
         self.conv_out = nn.Conv2d(c, cfg.out_channels, 3, padding=1)
         zero(self.conv_out)
 

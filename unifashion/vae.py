@@ -20,6 +20,7 @@ class VAEConfig:
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     res_blocks: int = 2  # per level of the encoder; the decoder has one more
     latent_channels: int = 4
+    groups: int = 32  # of every GroupNorm; one channel a group would forget the colour of a picture
     scale: float = 0.18215  # 1 / standard deviation of the latents
 
     @property
@@ -28,16 +29,16 @@ class VAEConfig:
         return 2 ** (len(self.channel_mult) - 1)
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int) -> None:
+    def __init__(self, c_in: int, c_out: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = norm(c_in)
+        self.norm1 = norm(c_in, groups)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = norm(c_out)
+        self.norm2 = norm(c_out, groups)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -50,9 +51,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """One head over all positions; its projections are 1x1 convolutions in the original file."""
 
-    def __init__(self, c: int) -> None:
+    def __init__(self, c: int, groups: int) -> None:
         super().__init__()
-        self.norm = norm(c)
+        self.norm = norm(c, groups)
         self.q = nn.Conv2d(c, c, 1)
         self.k = nn.Conv2d(c, c, 1)
         self.v = nn.Conv2d(c, c, 1)
@@ -86,9 +87,9 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The res blocks of one resolution, then the way to the next one, if there is a next."""
 
-    def __init__(self, c_in: int, c_out: int, blocks: int, resample: nn.Module | None) -> None:
+    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, resample: nn.Module | None) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        self.blocks = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
         self.resample = resample if resample is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,8 +99,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Sequential):
-    def __init__(self, c: int) -> None:
-        super().__init__(ResBlock(c, c), Attention(c), ResBlock(c, c))
+    def __init__(self, c: int, groups: int) -> None:
+        super().__init__(ResBlock(c, c, groups), Attention(c, groups), ResBlock(c, c, groups))
 
 
 class Encoder(nn.Module):
@@ -109,11 +110,11 @@ class Encoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, cfg.channels, 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], c, cfg.res_blocks, Downsample(c) if i < last else None)
+            Level(widths[max(i - 1, 0)], c, cfg.res_blocks, cfg.groups, Downsample(c) if i < last else None)
             for i, c in enumerate(widths)
         )
-        self.middle = Middle(widths[-1])
-        self.norm_out = norm(widths[-1])
+        self.middle = Middle(widths[-1], cfg.groups)
+        self.norm_out = norm(widths[-1], cfg.groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,12 +132,12 @@ class Decoder(nn.Module):
         widths = [cfg.channels * m for m in cfg.channel_mult]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(cfg.latent_channels, widths[-1], 3, padding=1)
-        self.middle = Middle(widths[-1])
+        self.middle = Middle(widths[-1], cfg.groups)
         self.levels = nn.ModuleList(
-            Level(widths[min(i + 1, last)], c, cfg.res_blocks + 1, Upsample(c) if i > 0 else None)
+            Level(widths[min(i + 1, last)], c, cfg.res_blocks + 1, cfg.groups, Upsample(c) if i > 0 else None)
             for i, c in enumerate(widths)
         )
-        self.norm_out = norm(widths[0])
+        self.norm_out = norm(widths[0], cfg.groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -31,7 +31,13 @@ from unifashion.vit import ViT
 
 HERE = Path(__file__).parent
 DEFAULTS = {"vae": {"steps": 3000, "batch": 16, "lr": 1e-3}, "vit": {"steps": 2000, "batch": 32, "lr": 1e-3}}
-FOLDERS = {"image": "jpg", "agnostic-v3.2": "jpg", "image-densepose": "jpg", "cloth": "jpg", "cloth-sketch": "png"}
+FOLDERS = {
+    "image": "jpg",
+    "agnostic-v3.2": "jpg",
+    "image-densepose": "jpg",
+    "cloth": "jpg",
+    "cloth-sketch": "png",
+}
 HIDDEN_IN_SKETCH = ("colour", "second", "pattern")
 
 
@@ -40,7 +46,9 @@ class Pictures(Dataset):
 
     def __init__(self, root: Path, crop: tuple[int, int] = TINY.picture) -> None:
         self.crop = crop
-        self.paths = sorted(p for f, e in FOLDERS.items() for p in (root / "vitonhd" / "train" / f).glob(f"*.{e}"))
+        self.paths = sorted(
+            p for f, e in FOLDERS.items() for p in (root / "vitonhd" / "train" / f).glob(f"*.{e}")
+        )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -49,7 +57,9 @@ class Pictures(Dataset):
         with Image.open(self.paths[i]) as image:
             x = unet_image(image.convert("RGB"), TINY.picture)
         corner = torch.rand(2, generator=training.seeded("crop", i))
-        top, left = (int(r * (size - cut + 1)) for r, size, cut in zip(corner, x.shape[1:], self.crop, strict=True))
+        top, left = (
+            int(r * (size - cut + 1)) for r, size, cut in zip(corner, x.shape[1:], self.crop, strict=True)
+        )
         return {"x": x[:, top : top + self.crop[0], left : left + self.crop[1]]}
 
 
@@ -88,7 +98,9 @@ class Namer(nn.Module):
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         features = self.vit(batch["picture"]).mean(1)
-        total = sum(F.cross_entropy(head(features), batch[k], ignore_index=-100) for k, head in self.heads.items())
+        total = sum(
+            F.cross_entropy(head(features), batch[k], ignore_index=-100) for k, head in self.heads.items()
+        )
         return {"names": total}
 
 
@@ -103,12 +115,16 @@ class Copier(nn.Module):
         noise = torch.randn(mean.shape, generator=training.seeded("vae", step))
         z = mean + torch.exp(0.5 * logvar) * noise
         y = self.vae.decode(z * self.vae.cfg.scale)
-        edges = (y.diff(dim=-1) - x.diff(dim=-1)).abs().mean() + (y.diff(dim=-2) - x.diff(dim=-2)).abs().mean()
+        edges = (y.diff(dim=-1) - x.diff(dim=-1)).abs().mean() + (
+            y.diff(dim=-2) - x.diff(dim=-2)
+        ).abs().mean()
         kl = kl_divergence(mean, logvar).mean() * 2e-7
         return {"pixels": (y - x).abs().mean(), "edges": edges, "KL": kl}
 
 
-def train(part: str, root: Path, out: Path, steps: int, batch: int, lr: float, args: argparse.Namespace) -> None:
+def train(
+    part: str, root: Path, out: Path, steps: int, batch: int, lr: float, args: argparse.Namespace
+) -> None:
     torch.manual_seed(0)
     model: nn.Module = Copier() if part == "vae" else Namer()
     samples: Dataset = Pictures(root, crop=(64, 48)) if part == "vae" else Attributes(root)
@@ -134,7 +150,7 @@ def train(part: str, root: Path, out: Path, steps: int, batch: int, lr: float, a
         state["step"] = step + 1
         done = state["step"] == steps or stop.asked
         if step % 20 == 0 or done:
-            shown = {k: round(float(v), 4) for k, v in losses.items()}
+            shown = {k: round(float(v.detach()), 4) for k, v in losses.items()}
             bar.set_postfix(shown)
             training.log_line(out, step=step, **shown)
         if state["step"] % args.eval_every == 0 or done:
@@ -161,22 +177,27 @@ def report_vae(vae: VAE, samples: Dataset, out: Path) -> None:
     z = vae.encode(x) / vae.cfg.scale
     y = vae.decode(z * vae.cfg.scale).clamp(-1, 1)
     psnr = -10 * torch.log10(((x - y) / 2).square().flatten(1).mean(1)).mean()
-    print(f"PSNR {psnr:.2f} dB; standard deviation of the latents {z.std():.4f}: the preset's scale is {1 / z.std():.5f}")
+    print(
+        f"PSNR {psnr:.2f} dB; standard deviation of the latents {z.std():.4f}: the preset's scale is {1 / z.std():.5f}"
+    )
     training.save_sheet([x[:10], y[:10]], out / "samples" / "copies.png")
 
 
 def write_vocab(root: Path) -> None:
     """Every word of the training captions, as the Q-Former's tokenizer wants it."""
-    texts = {item for item in Fashion200K(root / "fashion200k", "train").texts()}
-    texts |= set(MGD(root / "vitonhd", "train").texts())
+    mgd = MGD(root / "vitonhd", "train")
+    texts = {text for _, text in Fashion200K(root / "fashion200k", "train").rows}
+    texts |= {", ".join(mgd.captions[cloth[:5]]) for _, cloth in mgd.photos.pairs}
     vocab = build_vocab(sorted(texts))
     path = HERE / "bert_vocab.txt"
     path.write_text("\n".join(vocab) + "\n")
     print(f"wrote {path}: {len(vocab)} pieces; the preset's vocab_size is {TINY.qformer.vocab_size}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=["vocab", "vae", "vit"])
     parser.add_argument("--data", type=Path, default=Path("data/toy"))
     parser.add_argument("--out", type=Path)
@@ -186,9 +207,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--eval-every", type=int, default=250, help="steps between checkpoints")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     training.fast_malloc()
-    root = toy.ensure(args.data)
+    root = training.toy_folder(args.data)
     if args.part == "vocab":
         return write_vocab(root)
     d = DEFAULTS[args.part]

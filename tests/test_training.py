@@ -1,0 +1,263 @@
+"""Both training scripts against what they promise: what learns, what resumes, what a killed run leaves behind."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train_phase1
+import train_phase2
+from unifashion import UserError, losses, training
+from unifashion.config import TINY
+from unifashion.data import toy
+from unifashion.model import UniFashion
+from unifashion.tokenizers import build_vocab
+from weights.tiny import pretrain
+
+STAGES = {"align": train_phase1, "generate": train_phase1, "tryon": train_phase2}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_steps_and_a_resumed_two_are_four_steps_bit_for_bit(stage, place):
+    run(stage, place, "whole", "--steps", "4")
+    # the schedule follows the number of steps, so the interrupted run asks for four as well and is stopped after two
+    with stopped_after(2):
+        run(stage, place, "parts", "--steps", "4")
+    assert state(place / "parts")["step"] == 2
+    run(stage, place, "parts", "--steps", "4", "--resume")
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        whole, parts = load_file(place / "whole/last" / file), load_file(place / "parts/last" / file)
+        assert whole.keys() == parts.keys()
+        for name in whole:
+            assert torch.equal(whole[name], parts[name]), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_table_at_the_top_says_what_learns(stage, place):
+    before = load_public(place)
+    run(stage, place, "learns", "--steps", "1", "--lr", "0.01")
+    after = load_file(place / "learns/last/model.safetensors")
+    learned = training.set_trainable(UniFashion(TINY), STAGES[stage].TRAINABLE[stage])
+    never_read = {
+        "garment.encoder.middle",  # no attention block reads the coarsest features: they are not even computed
+        *(f"garment.encoder.blocks.{i}." for i in range(5, 8)),
+    }
+    optimizer = load_file(place / "learns/last/optimizer.safetensors")
+    for name, tensor in before.state_dict().items():
+        moments = f"{name}:exp_avg" in optimizer
+        if name not in learned:
+            assert not moments, f"{name} is frozen and has an optimizer state"
+            assert name not in after or torch.equal(after[name], tensor), f"{name} is frozen and moved"
+        elif not any(name.startswith(p) for p in never_read) and not (
+            stage == "generate" and "attn2" in name
+        ):
+            assert moments, f"{name} gets no gradient"
+
+
+def test_an_average_of_the_weights_is_saved_and_the_raw_ones_beside_it(place):
+    run("tryon", place, "ema", "--steps", "3", "--lr", "0.01")
+    averaged = load_file(place / "ema/last/model.safetensors")
+    raw = load_file(place / "ema/last/optimizer.safetensors")
+    name = "unet.conv_out.weight"
+    assert not torch.equal(averaged[name], raw[f"{name}:raw"])
+
+
+def test_what_was_learned_before_is_carried_over(place):
+    run("align", place, "first", "--steps", "1", "--lr", "0.01")
+    run("generate", place, "second", "--steps", "1", "--init", str(place / "first"))
+    first, second = (load_file(place / d / "last/model.safetensors") for d in ("first", "second"))
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    assert any(name.startswith("unet.") for name in second)
+
+
+def test_a_run_killed_while_it_saves_can_be_resumed(place):
+    run("align", place, "killed", "--steps", "1")
+    last = place / "killed/last"
+    last.rename(last.with_name("last.old"))  # between the two renames of save_checkpoint
+    (place / "killed/last.new").mkdir()
+    run("align", place, "killed", "--steps", "2", "--resume")
+    assert state(place / "killed")["step"] == 2
+
+
+def test_the_cache_changes_nothing_but_float16_rounding(place):
+    run("tryon", place, "plain", "--steps", "2")
+    run("tryon", place, "cached", "--steps", "2", "--cache")
+    a, b = (read_metrics(place / d) for d in ("plain", "cached"))
+    assert a[0]["q2I"] == pytest.approx(b[0]["q2I"], abs=2e-3)
+
+
+def test_every_sample_is_seen_once_an_epoch_whatever_the_start():
+    order = list(training.batch_order(10, 3, seed=1, start=0, stop=6))
+    assert len({i for batch in order[:3] for i in batch}) == 9
+    assert order[4:] == list(training.batch_order(10, 3, seed=1, start=4, stop=6))
+    assert order[:3] != order[3:6]
+
+
+def test_held_out_products_are_whole():
+    names = [f"p{i // 3}" for i in range(300)]
+    kept, held = training.held_out(names, every=10)
+    assert held and not {names[i] for i in kept} & {names[i] for i in held}
+    assert sorted(kept + held) == list(range(300))
+
+
+def test_hard_negatives_are_alike_and_never_belong_together():
+    sim = torch.eye(6)
+    sim[0, 3] = sim[3, 0] = 0.9
+    same = torch.eye(6, dtype=torch.bool)
+    same[1, 2] = same[2, 1] = True
+    sim[1, 2] = sim[2, 1] = 0.99
+    for seed in range(50):
+        text, image = losses.hard_negatives(sim, torch.tensor(0.05), same, training.seeded(seed))
+        for chosen in (text, image):
+            assert not same[torch.arange(6), chosen].any()
+            assert chosen[0] == 3 and chosen[3] == 0
+
+
+def test_hard_negatives_survive_a_batch_that_all_belongs_together():
+    same = torch.ones(4, 4, dtype=torch.bool)
+    text, _ = losses.hard_negatives(torch.eye(4), torch.tensor(0.07), same, training.seeded(0))
+    assert (text != torch.arange(4)).all()
+
+
+def test_itm_is_low_only_when_matches_and_mismatches_are_told_apart():
+    yes, no = torch.tensor([[-5.0, 5.0]]), torch.tensor([[5.0, -5.0]])
+    right = losses.itm(yes.repeat(3, 1), no.repeat(6, 1))
+    assert right < 1e-3
+    assert losses.itm(no.repeat(3, 1), yes.repeat(6, 1)) > 5
+
+
+def test_a_dropped_context_is_the_null_vector_for_that_sample_only():
+    model = UniFashion(TINY)
+    torch.nn.init.normal_(model.null_context)
+    context = torch.randn(3, 4, TINY.unet.context_dim)
+    dropped = model.drop_context(context, torch.tensor([True, False, True]))
+    assert torch.equal(dropped[0], context[0]) and torch.equal(dropped[2], context[2])
+    assert torch.equal(dropped[1], model.null_context[0].expand(4, -1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--data", "imagenet"], "unknown data set"),
+        (["--data", "toy", "--steps", "0"], "--steps is 0"),
+        (["--data", "toy", "--steps", "5", "--epochs", "1"], "not both"),
+        (["--data", "toy", "--stage", "all", "--lr", "0.1"], "name one with --stage"),
+        (["--data", "toy", "--device", "abacus"], "unknown device"),
+        (["--data", "fashion200k=nowhere", "--stage", "align"], "lacks labels"),
+        (["--data", "toy", "--stage", "align", "--init", "nowhere"], "neither a run folder"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, told, place):
+    common = ["--preset", "tiny", "--weights", str(place / "weights"), "--out", str(place / "wrong")]
+    arguments = [a.replace("toy", f"toy={place / 'toy'}") if a == "toy" else a for a in arguments]
+    with pytest.raises(UserError, match=told):
+        train_phase1.main([*arguments, *common])
+
+
+def test_a_used_run_folder_is_not_written_over(place):
+    run("align", place, "used", "--steps", "1")
+    with pytest.raises(UserError, match="--resume"):
+        run("align", place, "used", "--steps", "1")
+
+
+@pytest.mark.parametrize("part", ["vae", "vit"])
+def test_the_stand_ins_resume_bit_for_bit(part, place, monkeypatch):
+    monkeypatch.setattr(pretrain, "HERE", place)
+
+    def go(name: str, *more: str) -> None:
+        pretrain.main(
+            [
+                part,
+                "--data",
+                str(place / "toy"),
+                "--out",
+                str(place / name),
+                *SMALL[:2],
+                "--steps",
+                "4",
+                *more,
+            ]
+        )
+
+    go("pre")
+    with stopped_after(2):
+        go("pre2")
+    go("pre2", "--resume")
+    a, b = (load_file(place / d / "last/model.safetensors") for d in ("pre", "pre2"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------------------------------------- helpers
+
+SMALL = ["--workers", "0", "--batch-size", "4", "--eval-every", "100"]
+
+
+def run(stage: str, place: Path, name: str, *more: str) -> None:
+    flag = "--task" if stage == "tryon" else "--stage"
+    data = ["--data", f"toy={place / 'toy'}", "--preset", "tiny", "--weights", str(place / "weights")]
+    STAGES[stage].main([*data, flag, stage, "--out", str(place / name), *SMALL, *more])
+
+
+def state(folder: Path) -> dict:
+    return json.loads((folder / "last/state.json").read_text())
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def load_public(place: Path) -> UniFashion:
+    torch.manual_seed(0)
+    return train_phase1.load_public("tiny", place / "weights")
+
+
+class stopped_after:
+    """Within, a run is asked to stop after so many steps, as by Ctrl-C."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __enter__(self) -> None:
+        self.patch = pytest.MonkeyPatch()
+        asked: list[training.Stop] = []
+        born = training.Stop.__init__
+        self.patch.setattr(training.Stop, "__init__", lambda stop: (born(stop), asked.append(stop), None)[2])
+        zero_grad, count = torch.optim.AdamW.zero_grad, iter(range(1, 1000))
+
+        def counted(optimizer: torch.optim.AdamW, **kw: bool) -> None:
+            zero_grad(optimizer, **kw)
+            if next(count) == self.steps:
+                asked[-1].asked = True
+
+        self.patch.setattr(torch.optim.AdamW, "zero_grad", counted)
+
+    def __exit__(self, *_: object) -> None:
+        self.patch.undo()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ToyFashion, and stand-ins with random weights."""
+    place = tmp_path_factory.mktemp("training")
+    toy.ensure(place / "toy", train=12, val=2, test=2, workers=1, quiet=True)
+    (place / "weights").mkdir()
+    torch.manual_seed(0)
+    model = UniFashion(TINY)
+    for part in ("vit", "vae"):
+        tensors = getattr(model, part).state_dict()
+        save_file({k: v.contiguous() for k, v in tensors.items()}, place / "weights" / f"{part}.safetensors")
+    vocab = build_vocab(["red dress with white dots and long sleeves"])
+    (place / "weights/bert_vocab.txt").write_text("\n".join(vocab) + "\n")
+    return place
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path) -> Iterator[Path]:
+    for name in ("toy", "weights"):
+        (tmp_path / name).symlink_to(made / name)
+    yield tmp_path
+    shutil.rmtree(tmp_path)

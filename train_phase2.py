@@ -1,0 +1,243 @@
+"""Phase 2, composed multimodal fine-tuning (Sec. 3.2).
+
+    tryon   q2I of a person in a garment   Eq. 7, 12, Fig. 3   image adapter, U-Net and garment encoder learn
+
+Try-on and design are one task: for each sample one condition is drawn, and the Q-Former reads what the garment encoder
+reads: the cloth photo, or the sketch, with the text or without. The Q-Former is frozen here.
+
+    python train_phase2.py --data toy --preset tiny --task tryon --init runs/generate --out runs/tryon
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from tqdm import tqdm
+
+from unifashion import diffusion, training
+from unifashion.data.mgd import MGD
+from unifashion.data.vitonhd import VITONHD
+from unifashion.model import UniFashion
+from unifashion.preprocess import keep_mask, latent_mask, qformer_image, unet_image
+from unifashion.tokenizers import WordPiece
+from weights.load import load_public, tokenizer
+
+TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
+    "tryon": ["image_adapter.*", "null_context", "unet.*", "garment.*"],
+}
+DEFAULTS = {  # the paper's appendix B
+    "tryon": {
+        "batch_size": 32,
+        "lr": 1e-4,
+        "epochs": None,
+        "steps": 360_000,
+        "weight_decay": 0.01,
+        "betas": (0.9, 0.999),
+    },
+}
+# What the Q-Former and the garment encoder may be given, and how often, where a data set has sketches and texts.
+CONDITIONS = {"cloth": 0.4, "cloth+text": 0.1, "sketch+text": 0.4, "sketch": 0.1}
+DROP = {"context": 0.2, "pose": 0.1, "hint": 0.1}
+
+
+class Scenes(Dataset):
+    """A person, what is kept of it, and every condition, as tensors."""
+
+    def __init__(self, data: Dataset, model: UniFashion, words: WordPiece) -> None:
+        self.data, self.cfg, self.words = data, model.cfg, words
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def clothes(self) -> list[str]:
+        return [cloth for part in self.data.datasets for _, cloth in pairs_of(part)]
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        item, size = self.data[i], self.cfg.picture
+        sketched = "sketch" in item
+        sketch = item["sketch"].convert("RGB") if sketched else item["cloth"]
+        ids, mask = self.words.encode([item.get("text", "")], self.cfg.qformer.max_text)
+        odds = list(CONDITIONS.values()) if sketched else [1.0, 0.0, 0.0, 0.0]
+        square = self.cfg.vit.image_size[0]
+        return {
+            "person": unet_image(item["person"], size),
+            "keep": keep_mask(item["mask"], size),
+            "pose": unet_image(item["pose"], size),
+            "hints": torch.stack([unet_image(item["cloth"], size), unet_image(sketch, size)]),
+            "pictures": torch.stack(
+                [qformer_image(item["cloth"], square), qformer_image(sketch, square, fill=0)]
+            ),
+            "ids": ids[0],
+            "mask": mask[0],
+            "odds": torch.tensor(odds),
+        }
+
+
+@torch.no_grad()
+def encode_tryon(model: UniFashion, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The frozen half: latents, and Z for each of CONDITIONS, in their order."""
+    mean, logvar = model.vae.moments(batch["person"])
+    cloth, sketch = (model.see(p) for p in batch["pictures"].unbind(1))
+    texts = {"ids": batch["ids"], "mask": batch["mask"]}
+    z = [
+        model.qformer(seen, **t)[0]
+        for seen, t in ((cloth, {}), (cloth, texts), (sketch, texts), (sketch, {}))
+    ]
+    cloth, sketch = (model.vae.encode(h) for h in batch["hints"].unbind(1))
+    keep = torch.stack([latent_mask(k, model.cfg.vae.factor) for k in batch["keep"]])
+    return {
+        "mean": mean,
+        "logvar": logvar,
+        "agnostic": model.vae.encode(batch["person"] * batch["keep"]),  # the hole is 0: grey
+        "keep": keep,
+        "pose": model.vae.encode(batch["pose"]),
+        "z": torch.stack(z, dim=1),
+        "hints": torch.stack([cloth, cloth, sketch, sketch], dim=1),
+        "odds": batch["odds"],
+    }
+
+
+def tryon_losses(model: UniFashion, batch: dict[str, Tensor], seed: int, step: int) -> dict[str, Tensor]:
+    b, shape, device = len(batch["mean"]), batch["mean"].shape[1:], batch["mean"].device
+    dice = training.seeded("tryon", seed, step)
+    draw = lambda: torch.randn(b, *shape, generator=dice).to(device)  # noqa: E731
+    kept = {name: (torch.rand(b, generator=dice) >= p).to(device) for name, p in DROP.items()}
+    chosen = torch.multinomial(batch["odds"].cpu(), 1, generator=dice)[:, 0].to(device)
+    row = torch.arange(b, device=device)
+
+    x0 = (batch["mean"] + torch.exp(0.5 * batch["logvar"]) * draw()) * model.cfg.vae.scale
+    t = torch.randint(0, diffusion.TIMESTEPS, (b,), generator=dice).to(device)
+    noise = draw()
+    scene = model.scene(batch["agnostic"], batch["keep"], batch["pose"] * kept["pose"][:, None, None, None])
+    context = model.drop_context(model.image_adapter(batch["z"][row, chosen]), kept["context"])
+    x = diffusion.q_sample(x0, t, noise)
+    e = model.predict_noise(x, t, scene, context, batch["hints"][row, chosen], kept["hint"].to(x.dtype))
+    return {"q2I": diffusion.eps_loss(e, noise).mean()}
+
+
+TASKS = {"tryon": (encode_tryon, tryon_losses)}
+
+
+def open_data(names: list[str]) -> Dataset:
+    """NAME[=PATH] for each data set -> all of them, one after the other."""
+    parts: list[Dataset] = []
+    for name, path in (training.name_and_path(n, ("toy", "vitonhd", "mgd")) for n in names):
+        if name == "toy":
+            path = training.toy_folder(path) / "vitonhd"
+        parts.append(VITONHD(path, "train") if name == "vitonhd" else MGD(path, "train"))
+    return ConcatDataset(parts)
+
+
+def pairs_of(part: VITONHD | MGD) -> list[tuple[str, str]]:
+    return part.photos.pairs if isinstance(part, MGD) else part.pairs
+
+
+def train(task: str, args: argparse.Namespace) -> None:
+    knobs = {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in DEFAULTS[task].items()}
+    encode, loss_of = TASKS[task]
+    device, stop, out = training.pick_device(args.device), training.Stop(), args.out
+    torch.manual_seed(args.seed)  # what no file holds starts random
+    model = load_public(args.preset, args.weights, device).train()
+    modules = training.load_learned(model, training.model_file(args.init)) if args.init else []
+    parameters = training.set_trainable(model, TRAINABLE[task])
+    modules = sorted({*modules, *(name.split(".")[0] for name in parameters)})
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=knobs["lr"], betas=knobs["betas"], weight_decay=knobs["weight_decay"]
+    )
+    ema = training.EMA(parameters)
+
+    scenes = Scenes(open_data(args.data), model, tokenizer(args.preset, args.weights))
+    train_set, val_set = (Subset(scenes, part) for part in training.held_out(scenes.clothes()))
+    size, accumulate = knobs["batch_size"], args.accumulate
+    steps = args.steps or (args.epochs or 0) * len(train_set) // (size * accumulate) or knobs["steps"]
+    training.start_run(out, {**vars(args), **knobs, "task": task, "steps": steps}, args.resume)
+    state = {"step": 0, "best": float("inf")}
+    if args.resume:
+        state |= training.load_checkpoint(out / "last", model, optimizer, parameters, ema)
+
+    def feed(data: Dataset, order: Iterator[list[int]], cache: bool) -> Iterator[dict[str, Tensor]]:
+        to_device = lambda batch: {k: v.to(device) for k, v in batch.items()}  # noqa: E731
+        see = lambda batch: encode(model, to_device(batch))  # noqa: E731
+        return map(to_device, training.batches(data, order, see, cache, args.workers))
+
+    def evaluate() -> float:
+        model.eval()
+        order = training.batch_order(len(val_set), min(size, len(val_set)), 0, 0, 4)
+        with torch.no_grad(), training.autocast(device, args.dtype):
+            values = [
+                sum(loss_of(model, b, 0, i).values()) for i, b in enumerate(feed(val_set, order, False))
+            ]
+        eight = iter([list(range(min(8, len(val_set))))])
+        draw_samples(model, next(feed(val_set, eight, False)), out / "samples" / f"{state['step']:06}.png")
+        model.train()
+        return float(torch.stack(values).mean())
+
+    order = training.batch_order(
+        len(train_set), size, args.seed, state["step"] * accumulate, steps * accumulate
+    )
+    stream = feed(train_set, order, args.cache)
+    bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=task, mininterval=1)
+    for step in bar:
+        torch.manual_seed(args.seed + step)  # dropout, too, depends on the step alone
+        for micro in range(accumulate):
+            with training.autocast(device, args.dtype):
+                parts = loss_of(model, next(stream), args.seed, step * accumulate + micro)
+                loss = sum(parts.values()) / accumulate
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update()
+        state["step"] = step + 1
+        done = state["step"] == steps or stop.asked
+        if step % 20 == 0 or done:
+            shown = {name: round(float(value.detach()), 4) for name, value in parts.items()}
+            bar.set_postfix(shown)
+            seconds = round(bar.format_dict["elapsed"], 1)
+            training.log_line(
+                out, step=step, **shown, lr=knobs["lr"], norm=round(float(norm), 3), seconds=seconds
+            )
+        if state["step"] % args.eval_every == 0 or done:
+            with training.averaged(ema):
+                val = evaluate()
+            training.log_line(out, step=step, val=val)
+            better, state["best"] = val < state["best"], min(val, state["best"])
+            for folder in ("last", "best") if better else ("last",):
+                training.save_checkpoint(out / folder, model, modules, optimizer, parameters, ema, state)
+        if stop.asked:
+            break
+
+
+@torch.no_grad()
+def draw_samples(model: UniFashion, batch: dict[str, Tensor], path: Path) -> None:
+    """Rows: the person, what is kept, the cloth, from the cloth, from sketch and text."""
+    scale = model.cfg.vae.scale
+    noise = torch.randn(batch["mean"].shape, generator=training.seeded("samples")).to(batch["mean"])
+    scene = model.scene(batch["agnostic"], batch["keep"], batch["pose"])
+    rows = [batch["mean"] * scale, batch["agnostic"], batch["hints"][:, 0]]
+    for condition in (0, 2):
+        context = model.image_adapter(batch["z"][:, condition])
+        hint = batch["hints"][:, condition]
+        *_, latent = model.sample(noise, scene, context, hint, 20, "ddim", model.cfg.guidance)
+        rows.append(latent)
+    training.save_sheet([model.vae.decode(row) for row in rows], path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", nargs="+", required=True, metavar="NAME[=PATH]", help="toy | vitonhd | mgd")
+    parser.add_argument("--task", choices=list(TASKS), default="tryon")
+    training.common_arguments(parser, DEFAULTS)
+    args = parser.parse_args(argv)
+    training.check_arguments(args, [args.task], "--task")
+    training.fast_malloc()
+    train(args.task, args)
+
+
+if __name__ == "__main__":
+    training.run(main)

@@ -6,7 +6,8 @@
 
 All of FULL's width with random weights in bfloat16; latents 64 x 48, 32 context tokens, a batch of 2 as guidance has it.
 Ours gets its context as keys and values, as in sampling, where they are made once per picture. Only ratios within a run
-mean something: times depend on what else the machine does.
+mean something. "CPU s" is what all threads of this process worked: on a CPU that others use too it says more than time on
+the clock; on CUDA it is the cost of starting the kernels.
 
     python -m eval.speed [--repeats 5] [--device cpu]
 """
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,12 +95,17 @@ def steps_of(cfg: UNetConfig, latent: tuple[int, int], device: torch.device) -> 
     }
 
 
+class Round(NamedTuple):
+    seconds: float
+    cpu_seconds: float  # of all threads
+
+
 @torch.no_grad()
 def measure(
     steps: dict[str, Step], repeats: int, device: torch.device
-) -> tuple[dict[str, int], dict[str, list[float]]]:
-    """-> multiply-adds of each step, and its seconds in each round. The first round, untimed, counts and warms up."""
-    work, seconds = {}, {name: [] for name in steps}
+) -> tuple[dict[str, int], dict[str, list[Round]]]:
+    """-> multiply-adds of each step, and its times in each round. The first round, untimed, counts and warms up."""
+    work, rounds = {}, {name: [] for name in steps}
     for name, step in steps.items():
         with FlopCounterMode(display=False) as counter:
             noise = step()
@@ -107,22 +114,29 @@ def measure(
         work[name] = counter.get_total_flops() // 2
     for _ in range(repeats):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-            print(f"{name}: {seconds[name][-1]:.4g} s", file=sys.stderr, flush=True)
-    return work, seconds
+            rounds[name].append(Round(time.perf_counter() - start, time.process_time() - cpu_start))
+            print(f"{name}: {rounds[name][-1].seconds:.4g} s", file=sys.stderr, flush=True)
+    return work, rounds
 
 
-def report(work: dict[str, int], seconds: dict[str, list[float]]) -> str:
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    lines = [f"{'one step, batch ' + str(BATCH):<24}{'GMAC':>9}{'median s':>11}{'ratio':>8}   all, s"]
-    for name, times in seconds.items():
-        ratio = median[name] / median["diffusers"]
-        every = " ".join(f"{s:.4g}" for s in times)
-        lines.append(f"{name:<24}{work[name] / 1e9:>9.4g}{median[name]:>11.4g}{ratio:>8.2f}   {every}")
+def report(work: dict[str, int], rounds: dict[str, list[Round]]) -> str:
+    """A row for each step: medians, each also as a ratio to diffusers' median, and every time on the clock."""
+    median = {
+        name: [statistics.median(times) for times in zip(*found, strict=True)]
+        for name, found in rounds.items()
+    }
+    lines = [
+        f"{f'one step, batch {BATCH}':<24}{'GMAC':>8}{'s':>9}{'ratio':>7}{'CPU s':>9}{'ratio':>7}   all, s"
+    ]
+    for name, found in rounds.items():
+        row = f"{name:<24}{work[name] / 1e9:>8.4g}"
+        for ours, theirs in zip(median[name], median["diffusers"], strict=True):
+            row += f"{ours:>9.4g}{ours / theirs:>7.2f}"
+        lines.append(f"{row}   {' '.join(f'{r.seconds:.4g}' for r in found)}")
     return "\n".join(lines)
 
 

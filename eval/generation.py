@@ -1,0 +1,399 @@
+"""Unpaired try-on on ToyFashion, measured against what was asked: the same person drawn in the other garment is known.
+
+    python -m eval.generation --data toy --out generation.json --sheet sheet.png
+    python -m eval.generation --data toy --grid plms:50,plms:25,dpm++:20,ddim:10     samplers and steps, side by side
+    python -m eval.generation --data toy --guidances 1,1.5,2,3                       to choose the guidance, on val
+
+Every person gets another's garment, of an attribute combination that training never saw, once from the cloth photo, once
+from sketch and text. Pictures are pasted outside the mask as `infer.py` does, then compared with the truth:
+
+    colour        %   main colour by ToyFashion's palette rule, on the true garment's pixels
+    attributes    %   mean of category, pattern, second colour, sleeve, neckline and length as `eval.judge` reads them,
+                      each over the cases whose condition tells it (`eval.judge.told`)
+    IoU               garment pixels, found by the judge, against the true garment's
+    PSNR          dB  on the true garment's pixels, mean over pictures (an exact copy counts as 99)
+    changed           pixels outside the mask that are not the person's, in all pictures together
+
+Beside the outputs: the truth, the truth through the VAE (the ceiling), and three controls: the garments shuffled between
+cases, no condition at all (null context, no garment), and the person unchanged. Intervals: 95 %, bootstrap over cases.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from eval import judge as judging
+from eval.judge import ATTRIBUTES, COLUMNS, Judge
+from unifashion import UserError, training
+from unifashion.config import PRESETS
+from unifashion.data import toy
+from unifashion.data.mgd import MGD
+from unifashion.diffusion import SAMPLERS
+from unifashion.model import UniFashion
+from unifashion.preprocess import (
+    check_png_path,
+    keep_mask,
+    latent_mask,
+    paste,
+    qformer_image,
+    to_uint8,
+    unet_image,
+)
+from unifashion.tokenizers import WordPiece
+from weights.load import load_unifashion, tokenizer
+
+CONDITIONS = ("cloth", "sketch+text")
+MAIN = ("colour", "attributes", "IoU", "PSNR")
+CEILING, SHUFFLED = "truth through the VAE", "garments shuffled"
+ON_SHEET = 8
+Make = Callable[[list[int]], list[np.ndarray]]  # indices of cases -> their pictures
+
+
+class Setting(NamedTuple):
+    sampler: str
+    steps: int
+    guidance: float
+
+    def __str__(self) -> str:
+        return f"{self.sampler} {self.steps}, guidance {self.guidance:g}"
+
+
+def read_rows(world: Path, split: str) -> list[dict]:
+    return [json.loads(line) for line in (world / f"attributes_{split}.jsonl").read_text().splitlines()]
+
+
+class Cases:
+    """The first `samples` unpaired cases of a split. What a model may see is in `data`; `truth` is for scoring alone."""
+
+    def __init__(self, world: Path, split: str, samples: int) -> None:
+        self.world, self.data = world, MGD(world / "vitonhd", split, paired=False)
+        self.pairs = self.data.photos.pairs[:samples]
+        owned = {row["id"]: toy.Garment(**row["garment"]) for row in read_rows(world, split)}
+        self.garments = [owned[cloth] for _, cloth in self.pairs]
+        self.texts = [", ".join(self.data.captions[cloth[:5]]) for _, cloth in self.pairs]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def person(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Picture (h,w,3) and mask (h,w), 255 = repaint, both uint8."""
+        item = self.data[i]
+        return np.asarray(item["person"]), np.asarray(item["mask"])
+
+    def truth(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """The person in the wanted garment (h,w,3) uint8, and that garment's pixels (h,w) bool."""
+        name = "{}_{}.png".format(*self.pairs[i])
+        open_ = self.data.photos.open
+        return np.asarray(open_(f"truth/{name}")), np.asarray(open_(f"truth-mask/{name}", "L")) >= 128
+
+    def seen_in_training(self) -> int:
+        """How many wanted garments have a combination of attributes that a training garment has: 0, or it is no test."""
+        seen = {tuple(row["garment"][k] for k in toy.COMBINATION) for row in read_rows(self.world, "train")}
+        return sum(tuple(getattr(g, k) for k in toy.COMBINATION) in seen for g in self.garments)
+
+    def shuffled(self, seed: int) -> list[int]:
+        """For every case another one, each taken once, whose garment looks different. Raises UserError if none is."""
+        looks = [replace(g, second=g.colour) if g.pattern == "plain" else g for g in self.garments]
+        for attempt in range(1000):
+            order = torch.randperm(len(self), generator=training.seeded("shuffled", seed, attempt)).tolist()
+            if all(looks[i] != looks[j] for i, j in enumerate(order)):
+                return order
+        raise UserError("the cases' garments are too much alike to shuffle them: take more --samples")
+
+
+@torch.no_grad()
+def try_on(
+    model: UniFashion, words: WordPiece, cases: Cases, condition: str | None, s: Setting, seed: int, of: list[int],
+    indices: list[int],
+) -> list[np.ndarray]:  # fmt: skip
+    """
+    The persons of cases `indices`, person i in the garment of case `of[i]`, before pasting: (h,w,3) uint8 each.
+
+    condition   "cloth", "sketch+text", or None: null context and no garment
+    seed        the noise is a function of (seed, i): the same for all conditions, settings and batch sizes
+    """
+
+    def stack(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.stack(list(tensors)).to(model.null_context)  # its device and dtype
+
+    cfg, people, clothes = model.cfg, [cases.data[i] for i in indices], [cases.data[of[i]] for i in indices]
+    masks = [keep_mask(p["mask"], cfg.picture) for p in people]
+    person, pose = (stack(unet_image(p[k], cfg.picture) for p in people) for k in ("person", "pose"))
+    holes = stack(latent_mask(keep, cfg.vae.factor) for keep in masks)
+    scene = model.scene(model.vae.encode(person * stack(masks)), holes, model.vae.encode(pose))
+    if condition is None:
+        context, hint = model.null_context.expand(len(people), -1, -1), None
+    else:
+        drawn = condition == "sketch+text"
+        pictures = [c["sketch"].convert("RGB") if drawn else c["cloth"] for c in clothes]
+        square = (qformer_image(p, cfg.vit.image_size[0], fill=0 if drawn else 255) for p in pictures)
+        texts = words.encode([c["text"] for c in clothes], cfg.qformer.max_text) if drawn else ()
+        context = model.context(model.see(stack(square)), *(t.to(model.device) for t in texts))
+        hint = model.vae.encode(stack(unet_image(p, cfg.picture) for p in pictures))
+    shape, dice = (cfg.vae.latent_channels, *cfg.latent), [training.seeded("eval", seed, i) for i in indices]
+    noise = torch.stack([torch.randn(shape, generator=d) for d in dice]).to(model.device)
+    guidance = 1.0 if condition is None else s.guidance  # between twice the same, guidance is nothing
+    for latent in model.sample(noise, scene, context, hint, s.steps, s.sampler, guidance):
+        if not latent.isfinite().all():
+            raise UserError("the numbers overflow: --guidance is too high, or a file of weights is damaged")
+    return decode(model, latent, [p["person"].size for p in people])
+
+
+@torch.no_grad()
+def through_vae(model: UniFashion, cases: Cases, indices: list[int]) -> list[np.ndarray]:
+    """The truth as its own latent shows it: what no output can be expected to beat."""
+    truths = [Image.fromarray(cases.truth(i)[0]) for i in indices]
+    x = torch.stack([unet_image(t, model.cfg.picture) for t in truths]).to(model.null_context)
+    return decode(model, model.vae.encode(x), [t.size for t in truths])
+
+
+def decode(model: UniFashion, latent: Tensor, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
+    """Latents (b,4,y,x) -> pictures (h,w,3) uint8, each of its own (width, height)."""
+    pictures = [Image.fromarray(to_uint8(x)) for x in model.vae.decode(latent.to(model.null_context))]
+    bicubic = Image.Resampling.BICUBIC
+    return [np.asarray(picture.resize(size, bicubic)) for picture, size in zip(pictures, sizes, strict=True)]
+
+
+@dataclass
+class Row:
+    """What was measured on one kind of picture. `values` (n,9): the judge's COLUMNS of each case."""
+
+    values: np.ndarray
+    changed: int
+    seconds: float  # per picture, without judging
+    first: list[np.ndarray]
+
+
+def measure(make: Make, cases: Cases, judge: Judge, batch: int, name: str, quiet: bool = True) -> Row:
+    """Make the pictures of all cases, batch after batch, paste and score them; only the first few are kept."""
+    values, changed, seconds, first = [], 0, 0.0, []
+    bar = tqdm(total=len(cases), desc=name, disable=quiet)
+    for start in range(0, len(cases), batch):
+        indices = list(range(start, min(start + batch, len(cases))))
+        began = time.perf_counter()
+        made = make(indices)
+        seconds += time.perf_counter() - began
+        people = [cases.person(i) for i in indices]
+        pictures = [paste(person, x, mask) for x, (person, mask) in zip(made, people, strict=True)]
+        read, found = judge.read(np.stack(pictures))
+        for i, picture, names, pixels in zip(indices, pictures, read, found, strict=True):
+            values.append(judging.score(picture, *cases.truth(i), cases.garments[i], names, pixels))
+        for picture, (person, mask) in zip(pictures, people, strict=True):
+            changed += int(((picture != person).any(-1) & (mask != 255)).sum())
+        first += pictures[: max(0, ON_SHEET - len(first))]
+        bar.update(len(indices))
+    bar.close()
+    return Row(np.array(values), changed, seconds / len(cases), first)
+
+
+def resampled(values: np.ndarray, asked: np.ndarray, times: int = 1000) -> dict[str, np.ndarray]:
+    """
+    values, asked (n,9), a value counting where `asked` -> for each figure (1 + times,): of all cases, then of as many
+    cases drawn with replacement. The draws depend on n alone, so that figures of two rows may be subtracted.
+    """
+    n = len(values)
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), times)
+    draws = np.concatenate([np.ones((1, n)), draws])
+    with np.errstate(invalid="ignore"):  # an attribute that no drawn case is asked for has no figure: nan
+        means = (draws @ np.where(asked, values, 0)) / (draws @ asked)
+        figures = {k: means[:, i] * (1 if k in ("IoU", "PSNR") else 100) for i, k in enumerate(COLUMNS)}
+        six = np.stack([figures[k] for k in ATTRIBUTES])
+        return figures | {"attributes": np.nansum(six, 0) / np.isfinite(six).sum(0)}
+
+
+def interval(figure: np.ndarray) -> list[float | None]:
+    """(1 + times,) -> the figure and the ends of its 95 % interval; None where nothing was asked."""
+    ends = [np.nan] * 2 if np.isnan(figure[0]) else np.nanpercentile(figure[1:], (2.5, 97.5))
+    return [None if np.isnan(x) else round(float(x), 4) + 0.0 for x in (figure[0], *ends)]
+
+
+def compare(rows: dict[str, Row], cases: Cases, condition: str) -> dict[str, dict]:
+    """Rows by name -> {"rows": {name: figures}, "differences": the output less its ceiling, less its shuffled control}."""
+    told = [judging.told(condition, *pair) for pair in zip(cases.garments, cases.texts, strict=True)]
+    asked = np.array([[k in ("IoU", "PSNR") or k in attributes for k in COLUMNS] for attributes in told])
+    figures = {name: resampled(row.values, asked) for name, row in rows.items()}
+    shown = {name: {k: interval(v) for k, v in f.items()} for name, f in figures.items()}
+    for name, row in rows.items():
+        shown[name] |= {"changed": row.changed, "seconds": round(row.seconds, 4)}
+    less = {
+        f"output less {name}": {k: interval(figures["output"][k] - figures[name][k]) for k in MAIN}
+        for name in ((CEILING, SHUFFLED) if "output" in rows else ())
+    }
+    return {"rows": shown, "differences": less}
+
+
+def table(condition: str, result: dict) -> str:
+    """One condition's rows as text: the main figures with their intervals, then the single attributes."""
+
+    def cell(figure: list[float | None], digits: int) -> str:
+        return "-" if figure[0] is None else "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*figure, d=digits)
+
+    heads = [f"{k:>24}" for k in MAIN] + [f"{k:>10}" for k in (*ATTRIBUTES, "changed", "s/picture")]
+    lines = [f"\n{condition:<33}" + "".join(heads)]
+    for name, figures in {**result["rows"], **result["differences"]}.items():
+        cells = [f"{cell(figures[k], 3 if k == 'IoU' else 1):>24}" for k in MAIN]
+        if name in result["rows"]:
+            cells += [
+                f"{'-' if figures[k][0] is None else format(figures[k][0], '.1f'):>10}" for k in ATTRIBUTES
+            ]
+            cells += [f"{figures['changed']:>10}", f"{figures['seconds']:>10.3f}"]
+        lines.append(f"{name:<33}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def qformer_hash(model: UniFashion) -> str:
+    """sha256 of the Q-Former's names, shapes and values, in bfloat16: whatever dtype the model runs in, the same."""
+    h = hashlib.sha256()
+    for name, tensor in sorted(model.qformer.state_dict().items()):
+        values = tensor.cpu().bfloat16().contiguous().view(torch.int16).numpy()
+        h.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
+    return h.hexdigest()
+
+
+def save_sheet(cases: Cases, outputs: list[list[np.ndarray]], path: Path) -> None:
+    """The first cases as columns: person, agnostic, cloth, sketch, then `outputs`, a row each."""
+    items = [cases.data[i] for i in range(min(ON_SHEET, len(cases)))]
+    rows = [[item[k].convert("RGB") for item in items] for k in ("person", "agnostic", "cloth", "sketch")]
+    pixels = [torch.from_numpy(np.stack([np.asarray(x) for x in row])) for row in (*rows, *outputs)]
+    training.save_sheet([row.permute(0, 3, 1, 2) / 127.5 - 1 for row in pixels], path)
+
+
+def settings_of(args: argparse.Namespace) -> list[Setting]:
+    """One setting, or every pair of --grid and --guidances."""
+    try:
+        pairs = [pair.split(":") for pair in (args.grid or f"{args.sampler}:{args.steps}").split(",")]
+        samplers = [(sampler, int(steps)) for sampler, steps in pairs]
+        guidances = [float(g) for g in args.guidances.split(",")] if args.guidances else [args.guidance]
+    except ValueError:
+        raise UserError("--grid wants sampler:steps,sampler:steps; --guidances numbers: 1,1.5,2") from None
+    return [Setting(sampler, steps, guidance) for sampler, steps in samplers for guidance in guidances]
+
+
+def check_arguments(args: argparse.Namespace, settings: list[Setting]) -> None:
+    """Raise UserError for what cannot be, before minutes of work."""
+    for s in settings:
+        if s.sampler not in SAMPLERS or not 2 <= s.steps <= 500 or not 0 <= s.guidance < float("inf"):
+            raise UserError(f"{s}: wanted {' or '.join(SAMPLERS)}, 2 to 500 steps, a guidance from 0 up")
+    if args.guidances and args.split == "test":
+        raise UserError("the guidance is chosen on val and reported on test: leave --split test out")
+    if args.samples < 2 or args.batch_size < 1 or args.judge_steps < 1:
+        raise UserError("--samples must be at least 2, --batch-size and --judge-steps at least 1")
+    if args.sheet:
+        check_png_path(args.sheet)
+    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
+        raise UserError(f"{args.out}: is a folder, or its folder does not exist")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", required=True, metavar="toy[=PATH]", help="ToyFashion, in data/toy if no PATH is given")
+    add("--split", choices=["val", "test"], help="default test; val with --guidances")
+    add("--samples", type=int, default=500, help="cases (default %(default)s, or all of a smaller split)")
+    add("--preset", choices=list(PRESETS), default="tiny")
+    add("--weights", type=Path, help="folder of the weights (default: the preset's own)")
+    add("--sampler", choices=list(SAMPLERS), default="plms")
+    add("--steps", type=int, default=50)
+    add("--guidance", type=float, help="default: the preset's")
+    add("--grid", metavar="SAMPLER:STEPS,...", help="measure each of these, without controls")
+    add("--guidances", metavar="G,...", help="measure each of these, without controls")
+    add("--batch-size", type=int, default=16)
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto | cpu | cuda")
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, else fp32")
+    add("--judge", type=Path, default=Path("runs/judge"), help="where trained judges are kept (%(default)s)")
+    add("--judge-steps", type=int, default=judging.STEPS, help="training steps of the judge (%(default)s)")
+    add("--out", type=Path, metavar="JSON", help="write every figure here")
+    add("--sheet", type=Path, metavar="PNG", help="write the first cases here, as pictures")
+    add("--quiet", action="store_true", help="no progress bars")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, began = parse(argv), time.perf_counter()
+    args.guidance = PRESETS[args.preset].guidance if args.guidance is None else args.guidance
+    settings, controls = settings_of(args), not (args.grid or args.guidances)
+    check_arguments(args, settings)
+    training.fast_malloc()
+    device = training.pick_device(args.device)
+    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
+    model = load_unifashion(args.preset, args.weights, device, torch.bfloat16 if bf16 else torch.float32)
+    words = tokenizer(args.preset, args.weights)
+    world = training.toy_folder(training.name_and_path(args.data, ("toy",))[1])
+    split = args.split or ("val" if args.guidances else "test")
+    cases = Cases(world, split, args.samples)
+    judge, judge_key = judging.trained_judge(world, args.judge, args.judge_steps, args.quiet)
+
+    def measured(name: str, make: Make) -> Row:
+        return measure(make, cases, judge, args.batch_size, name, args.quiet)
+
+    def output(name: str, condition: str | None, s: Setting, of: list[int]) -> Row:
+        return measured(name, partial(try_on, model, words, cases, condition, s, args.seed, of))
+
+    own = list(range(len(cases)))
+    rows: dict[str, dict[str, Row]] = {condition: {} for condition in CONDITIONS}
+    for condition, s in product(CONDITIONS, settings):
+        rows[condition]["output" if controls else str(s)] = output(f"{condition}, {s}", condition, s, own)
+    truth = measured("truth", lambda indices: [cases.truth(i)[0] for i in indices])
+    ceiling = measured(CEILING, partial(through_vae, model, cases))
+    for condition in CONDITIONS:
+        rows[condition] |= {CEILING: ceiling, "truth": truth}
+    if controls:
+        others, s = cases.shuffled(args.seed), settings[0]
+        for condition in CONDITIONS:
+            rows[condition][SHUFFLED] = output(f"{condition}, {SHUFFLED}", condition, s, others)
+        nothing = output("no condition", None, s, own)
+        unchanged = measured("person unchanged", lambda indices: [cases.person(i)[0] for i in indices])
+        for condition in CONDITIONS:
+            rows[condition] |= {"no condition": nothing, "person unchanged": unchanged}
+    results = {condition: compare(rows[condition], cases, condition) for condition in CONDITIONS}
+
+    on_truth = {k: results["cloth"]["rows"]["truth"][k][0] for k in COLUMNS}
+    report = {
+        "command": shlex.join(["python", "-m", "eval.generation", *(sys.argv[1:] if argv is None else argv)]),
+        "commit": training.git_commit(),
+        "toyfashion": json.loads((world / "toy.json").read_text()),
+        "split": split,
+        "samples": len(cases),
+        "seen in training": cases.seen_in_training(),
+        "settings": [s._asdict() for s in settings],
+        "preset": args.preset,
+        "seed": args.seed,
+        "dtype": "bf16" if bf16 else "fp32",
+        "device": device.type,
+        "torch": torch.__version__,
+        "qformer sha256": qformer_hash(model),
+        "palette rule on the truth": on_truth["colour"],
+        "judge on the truth": {"fingerprint": judge_key, **{k: on_truth[k] for k in (*ATTRIBUTES, "IoU")}},
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    print(*(f"{name:<28}{value}" for name, value in report.items()), sep="\n")
+    if on_truth["colour"] < 99:
+        print("the palette rule is below 99 % on the truth: do not trust the colours")
+    print(*(table(condition, results[condition]) for condition in CONDITIONS), sep="\n")
+    if args.out:
+        args.out.write_text(json.dumps({**report, "results": results}, indent=1) + "\n")
+    if args.sheet:
+        made = [next(iter(rows[condition].values())).first for condition in CONDITIONS]
+        save_sheet(cases, [*made, truth.first], args.sheet)
+
+
+if __name__ == "__main__":
+    training.run(main)

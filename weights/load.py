@@ -1,60 +1,192 @@
-"""From files to a model: the public weights of a preset, and what UniFashion learned on top of them."""
+"""From files to a model: the public weights of a preset, and what UniFashion learned on top of them.
 
+            public                                                                   learned
+    TINY    vit.safetensors, vae.safetensors (stand-ins, made by pretrain.py)        model.safetensors
+    FULL    eva_vit_g.pth, blip2_pretrained.pth, StableVITON's .ckpt files           unifashion/model.safetensors
+
+and the Q-Former's bert_vocab.txt. FULL is built on the meta device and filled part by part, each tensor cast and moved on
+its own: there are never two copies of the model in memory.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from unifashion import UserError
 from unifashion.config import PRESETS
 from unifashion.model import UniFashion
 from unifashion.tokenizers import WordPiece
-from unifashion.training import load_learned
-from weights.rename import load_into, read_checkpoint
+from weights.garment import STABLEVITON, load_stableviton
+from weights.qformer import QFORMER
+from weights.rename import Table, load_into, read_checkpoint
+from weights.vae import VAE
+from weights.vit import VIT
 
 HERE = Path(__file__).parent
 FOLDERS = {"tiny": HERE / "tiny", "full": HERE / "files"}
+LEARNED = {"tiny": "model.safetensors", "full": "unifashion/model.safetensors"}
+PUBLIC_PARTS = {
+    "tiny": ("vit", "vae"),
+    "full": ("vit", "vae", "qformer"),
+}  # each has its own file; see also TRYON
+
+EVA, BLIP2, VOCAB = "eva_vit_g.pth", "blip2_pretrained.pth", "bert_vocab.txt"
+TRYON = (
+    "VITONHD_PBE_pose.ckpt",
+    "VITONHD.ckpt",
+)  # the first that is there: the one that was made to start from
+TRYON_VAE = "VITONHD_VAE_finetuning.ckpt"  # without it, the VAE inside TRYON
+VAE_INSIDE: Table = {
+    row: ours.removeprefix("vae.") if ours and ours.startswith("vae.") else None
+    for row, ours in STABLEVITON.items()
+}
+
+LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
+HUB = "https://huggingface.co"
+SOURCES = {  # of FULL
+    EVA: f"get {LAVIS}/{EVA}",
+    BLIP2: f"get {LAVIS}/{BLIP2}",
+    TRYON[0]: f"get ckpts/{TRYON[0]}, or ckpts/{TRYON[1]}, from {HUB}/rlawjdghek/StableVITON",
+    TRYON_VAE: f"get ckpts/{TRYON_VAE} from {HUB}/rlawjdghek/StableVITON",
+    VOCAB: f"get vocab.txt from {HUB}/bert-base-uncased and save it under this name",
+    LEARNED["full"]: "train_phase1.py and train_phase2.py make it: copy RUN/best/model.safetensors there",
+}
 
 
 def folder_of(preset: str, folder: Path | None = None) -> Path:
-    """Where the weights of a preset are; raises UserError for a preset that does not exist."""
+    """Where the weights of a preset are. Raises UserError for a preset or a folder that does not exist."""
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: it is one of {', '.join(PRESETS)}")
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder of weights")
     return folder or FOLDERS[preset]
 
 
-def wanted(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.exists():
-        raise UserError(f"{path} is missing: weights/README.md says where to get it and where to put it")
-    return path
+def default_preset(folder: Path | None = None) -> str:
+    """Full if `folder` (without it, weights/files) holds the originals, else tiny."""
+    try:
+        _public_files("full", folder or FOLDERS["full"], PUBLIC_PARTS["full"])
+    except UserError:
+        return "tiny"
+    return "full"
+
+
+def wanted(preset: str, folder: Path, *names: str) -> Path:
+    """The first of `names` that is in `folder`. Raises UserError, which says where to get it, if none is."""
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    source = "it is part of the repository, where weights/tiny/README.md says how it was made"
+    if preset == "full":
+        source = f"{SOURCES[names[0]]} (or say --preset tiny, which needs no download)"
+    raise UserError(f"{folder / names[0]} is missing: {source}")
 
 
 def tokenizer(preset: str, folder: Path | None = None) -> WordPiece:
-    """The Q-Former's tokenizer."""
-    return WordPiece(wanted(folder_of(preset, folder), "bert_vocab.txt"))
+    """The Q-Former's tokenizer. Raises UserError if its vocabulary is missing, damaged, or too large for the preset."""
+    path = wanted(preset, folder_of(preset, folder), VOCAB)
+    words, rows = WordPiece(path), PRESETS[preset].qformer.vocab_size
+    if len(words) > rows:
+        raise UserError(f"{path} does not fit the preset {preset}: {len(words)} pieces, {rows} in the model")
+    return words
 
 
-def load_public(preset: str, folder: Path | None = None) -> UniFashion:
+def load_public(
+    preset: str,
+    folder: Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> UniFashion:
     """
-    The model as it is before UniFashion's own training, on the CPU in float32.
-
-    TINY: the stand-ins made by weights/tiny/pretrain.py (ViT and VAE); the rest is random.
+    The model as it is before UniFashion's own training. What no public file holds is random: in FULL the image adapter, in
+    TINY all but ViT and VAE. Raises UserError for a file that is missing, damaged, or of another preset.
     """
     folder = folder_of(preset, folder)
-    model = UniFashion(PRESETS[preset])
-    for part in ("vit", "vae"):
-        load_into(getattr(model, part), read_checkpoint(wanted(folder, f"{part}.safetensors")), {"*": "*"})
-    return model.float()
+    files = _public_files(preset, folder, PUBLIC_PARTS[preset])
+    if preset == "full":
+        path = wanted(preset, folder, *TRYON)
+        model = _blank(preset)
+        with _naming(path, preset):
+            model.null_context = load_stableviton(path, model.unet, model.garment, model.vae, dtype, device)
+        model.image_adapter.to_empty(device=device).reset_parameters()
+    else:
+        model = UniFashion(PRESETS[preset])
+    _fill(model, files, preset, device, dtype)
+    return model.to(device, dtype)
 
 
 def load_unifashion(
-    preset: str, folder: Path | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+    preset: str,
+    folder: Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> UniFashion:
-    """The whole trained model, ready for inference."""
+    """
+    The whole trained model, ready for inference. Public files are read only for parts that training left as they were: ViT,
+    VAE, and perhaps FULL's Q-Former. Raises UserError as `load_public`, and for a model whose training is not finished.
+    """
     folder = folder_of(preset, folder)
-    model = load_public(preset, folder)
-    found = load_learned(model, wanted(folder, "model.safetensors"))
-    for module in ("qformer", "image_adapter", "null_context", "unet", "garment"):
-        if module not in found:
-            raise UserError(f"{folder / 'model.safetensors'} holds no {module}: its training is not finished")
-    return model.to(device, dtype).eval().requires_grad_(False)
+    path = wanted(preset, folder, LEARNED[preset])
+    model, learned = _blank(preset), read_checkpoint(path)
+    parts = nn.ModuleDict(model.named_children())
+    found = {name.split(".")[0] for name in learned}
+    untouched = [part for part in parts if part not in found]
+    if lacking := [
+        part for part in (*untouched, "null_context") if part not in {*found, *PUBLIC_PARTS[preset]}
+    ]:
+        raise UserError(f"{path} holds no {lacking[0]}: its training is not finished")
+    files = _public_files(preset, folder, untouched)
+
+    for part in untouched:
+        del parts[part]
+    parts.register_parameter("null_context", model.null_context)
+    with _naming(path, preset):
+        load_into(parts, learned, {"*": "*"}, dtype=dtype, device=device)
+    model.null_context = parts.null_context
+    _fill(model, files, preset, device, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _blank(preset: str) -> UniFashion:
+    with torch.device("meta"):
+        return UniFashion(PRESETS[preset])
+
+
+def _public_files(preset: str, folder: Path, parts: Iterable[str]) -> dict[str, tuple[Path, Table]]:
+    """{part: its file, and the table that reads it}; what is missing is told before gigabytes of the rest are read."""
+    if preset == "tiny":
+        return {part: (wanted(preset, folder, f"{part}.safetensors"), {"*": "*"}) for part in parts}
+    choices = {
+        "vit": {EVA: VIT},
+        "qformer": {BLIP2: QFORMER},
+        "vae": {TRYON_VAE: VAE} | dict.fromkeys(TRYON, VAE_INSIDE),
+    }
+    paths = {part: wanted(preset, folder, *choices[part]) for part in parts}
+    return {part: (path, choices[part][path.name]) for part, path in paths.items()}
+
+
+def _fill(
+    model: UniFashion,
+    files: dict[str, tuple[Path, Table]],
+    preset: str,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> None:
+    for part, (path, table) in files.items():
+        with _naming(path, preset):
+            load_into(getattr(model, part), read_checkpoint(path), table, dtype=dtype, device=device)
+
+
+@contextmanager
+def _naming(path: Path, preset: str) -> Iterator[None]:
+    """What is wrong with the tensors of a file gets the file's name, if it has not got it."""
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        raise UserError(
+            told if told.startswith(str(path)) else f"{path} does not fit the preset {preset}: {told}"
+        ) from None

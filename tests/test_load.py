@@ -1,0 +1,277 @@
+"""weights/load.py against a small model of FULL's shape, written out under the names and in the files of the originals."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tests.parity import assert_parity, randomise
+from unifashion import UserError
+from unifashion.blocks import UNetConfig
+from unifashion.config import PRESETS, UniFashionConfig
+from unifashion.model import UniFashion
+from unifashion.qformer import QFormerConfig
+from unifashion.tokenizers import build_vocab
+from unifashion.vae import VAEConfig
+from unifashion.vit import ViTConfig
+from weights import load
+from weights.garment import STABLEVITON
+from weights.load import default_preset, load_public, load_unifashion, tokenizer
+from weights.qformer import QFORMER
+from weights.rename import Table, rename
+from weights.vae import VAE
+from weights.vit import VIT
+
+SMALL = UniFashionConfig(
+    vit=ViTConfig(image_size=(28, 28), patch_size=14, dim=32, depth=2, heads=4, mlp_dim=48),
+    qformer=QFormerConfig(
+        200, 16, 12, queries=3, dim=24, depth=2, heads=4, mlp_dim=40, vision_dim=32, embed_dim=8
+    ),
+    vae=VAEConfig(channels=32, channel_mult=(1, 2), res_blocks=1),
+    unet=UNetConfig(channels=32, channel_mult=(1, 2, 2, 2), heads=4, context_dim=40),
+    picture=(64, 48),
+)
+LEARNED = ("qformer", "image_adapter", "null_context", "unet", "garment")
+
+
+@pytest.fixture(scope="module")
+def source() -> UniFashion:
+    """The model that the files hold; its ViT has values that float16, which the original is stored in, has too."""
+    model = randomise(UniFashion(SMALL), 0).float()
+    model.vit.half().float()
+    return model
+
+
+@pytest.fixture(scope="module")
+def originals(source: UniFashion, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    written = tmp_path_factory.mktemp("originals")
+    write_originals(source, written)
+    return written
+
+
+@pytest.fixture
+def folder(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """weights/files of a user who has downloaded everything and trained nothing."""
+    monkeypatch.setitem(PRESETS, "full", SMALL)
+    return Path(shutil.copytree(originals, tmp_path / "files"))
+
+
+def test_the_originals_give_the_model_they_were_made_from(source: UniFashion, folder: Path):
+    model = load_public("full", folder)
+    assert wrong_tensors(model, source) == ["image_adapter.bias", "image_adapter.weight"]
+    assert model.image_adapter.weight.std() > 0.01  # random: no public file holds it
+    model.image_adapter = source.image_adapter
+    for ours, theirs in zip(outputs(model.eval()), outputs(source), strict=True):
+        assert_parity(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [load_public, load_unifashion])
+def test_every_tensor_has_the_asked_type_and_is_somewhere(source: UniFashion, folder: Path, kind):
+    write_learned(source, folder, LEARNED)
+    model = kind("full", folder, "cpu", torch.bfloat16)
+    assert {(t.dtype, t.device.type) for t in model.state_dict().values()} == {(torch.bfloat16, "cpu")}
+    adapter = {"image_adapter.bias", "image_adapter.weight"}
+    assert set(wrong_tensors(model, source)) == (adapter if kind is load_public else set())
+
+
+def test_public_weights_can_be_trained_and_loaded_ones_are_frozen(source: UniFashion, folder: Path):
+    write_learned(source, folder, LEARNED)
+    assert all(p.requires_grad for p in load_public("full", folder).parameters())
+    model = load_unifashion("full", folder)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+
+
+def test_the_fine_tuned_vae_is_preferred_to_the_one_inside(source: UniFashion, folder: Path):
+    better = randomise(UniFashion(SMALL).vae, 5).float()
+    file = original(better.state_dict(), VAE) | {"loss.logvar": torch.zeros(())}
+    torch.save({"state_dict": file}, folder / "VITONHD_VAE_finetuning.ckpt")
+    write_learned(source, folder, LEARNED)
+    for model in (load_public("full", folder), load_unifashion("full", folder)):
+        assert wrong_tensors(model.vae, better) == []
+
+
+@pytest.mark.parametrize("kind", [load_public, load_unifashion])
+def test_either_edition_of_stableviton_will_do_and_the_one_made_to_start_from_comes_first(
+    source: UniFashion, folder: Path, kind
+):
+    write_learned(source, folder, LEARNED)
+    (folder / "VITONHD.ckpt").write_bytes(b"is not opened while the other is there")
+    assert wrong_tensors(kind("full", folder).vae, source.vae) == []
+    (folder / "VITONHD_PBE_pose.ckpt").replace(folder / "VITONHD.ckpt")
+    assert wrong_tensors(kind("full", folder).vae, source.vae) == []
+
+
+def test_what_was_learned_comes_on_top_of_the_originals(source: UniFashion, folder: Path):
+    learned = randomise(UniFashion(SMALL), 7).float()
+    write_learned(learned, folder, LEARNED)
+    model = load_unifashion("full", folder)
+    assert {n.split(".")[0] for n in wrong_tensors(model, learned)} == {"vit", "vae"}
+    assert {n.split(".")[0] for n in wrong_tensors(model, source)} == set(LEARNED)
+
+
+def test_a_q_former_that_was_never_trained_is_the_public_one(source: UniFashion, folder: Path):
+    learned = randomise(UniFashion(SMALL), 7).float()
+    write_learned(learned, folder, LEARNED[1:])
+    assert wrong_tensors(load_unifashion("full", folder).qformer, source.qformer) == []
+
+
+def test_inference_reads_no_original_of_a_part_that_was_learned(source: UniFashion, folder: Path):
+    write_learned(source, folder, LEARNED)
+    (folder / "blip2_pretrained.pth").unlink()
+    assert wrong_tensors(load_unifashion("full", folder), source) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("eva_vit_g.pth", "https://storage.googleapis.com/sfr-vision-language-research/"),
+        ("blip2_pretrained.pth", "https://storage.googleapis.com/sfr-vision-language-research/"),
+        ("VITONHD_PBE_pose.ckpt", "https://huggingface.co/rlawjdghek/StableVITON"),
+        ("bert_vocab.txt", "https://huggingface.co/bert-base-uncased"),
+        ("unifashion/model.safetensors", "train_phase1.py"),
+    ],
+)
+def test_a_missing_file_is_named_with_its_source_before_any_is_read(
+    source: UniFashion, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, where: str
+):
+    write_learned(source, folder, LEARNED[1:])
+    (folder / name).unlink()
+    for reader in ("read_checkpoint", "load_stableviton"):
+        monkeypatch.setattr(load, reader, lambda *_: pytest.fail("read a file"))
+    run = {"bert_vocab.txt": tokenizer, "unifashion/model.safetensors": load_unifashion}.get(
+        name, load_public
+    )
+    with pytest.raises(
+        UserError, match=rf"^{folder}/(VITONHD_VAE_finetuning.ckpt|{name}) is missing: .*{where}"
+    ):
+        run("full", folder)
+
+
+def test_full_is_the_default_only_where_all_originals_are(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    assert default_preset(folder) == "full"
+    assert default_preset(tmp_path_factory.mktemp("empty")) == "tiny"
+    (folder / "eva_vit_g.pth").unlink()
+    assert default_preset(folder) == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("eva_vit_g.pth", "cls_token"),
+        ("blip2_pretrained.pth", "temp"),
+        ("VITONHD_PBE_pose.ckpt", "learnable_vector"),
+    ],
+)
+def test_an_original_cut_short_or_of_other_sizes_is_one_line_that_names_it(
+    folder: Path, name: str, wrong: str
+):
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"^{folder}/{name}: [^\n]+$"):
+        load_public("full", folder)
+
+    (folder / name).write_bytes(whole)
+    content = torch.load(folder / name)
+    tensors = content.get("model") or content.get("state_dict") or content
+    tensors[wrong] = torch.ones(2)
+    torch.save(content, folder / name)
+    with pytest.raises(
+        UserError, match=rf"^{folder}/{name} does not fit the preset full: {wrong}: shape [^\n]+$"
+    ):
+        load_public("full", folder)
+
+
+def test_a_model_of_another_preset_or_half_trained_is_refused_by_name(source: UniFashion, folder: Path):
+    path = folder / "unifashion" / "model.safetensors"
+    for module in LEARNED[1:]:
+        write_learned(source, folder, [m for m in LEARNED if m != module])
+        with pytest.raises(UserError, match=rf"^{path} holds no {module}: its training is not finished$"):
+            load_unifashion("full", folder)
+    write_learned(source, folder, LEARNED)
+    tensors = load_file(path)
+    save_file({**tensors, "unet.conv_out.bias": torch.zeros(7)}, path)
+    with pytest.raises(
+        UserError, match=rf"^{path} does not fit the preset full: unet.conv_out.bias: shape \(7,\)"
+    ):
+        load_unifashion("full", folder)
+    save_file({**tensors, "head.weight": torch.zeros(7)}, path)
+    with pytest.raises(UserError, match=rf"^{path} does not fit the preset full: head.weight"):
+        load_unifashion("full", folder)
+
+
+def test_a_vocabulary_must_fit_the_model(folder: Path):
+    assert len(tokenizer("full", folder)) <= SMALL.qformer.vocab_size
+    with open(folder / "bert_vocab.txt", "a") as file:
+        file.write("".join(f"word{i}\n" for i in range(200)))
+    with pytest.raises(
+        UserError, match=r"bert_vocab.txt does not fit the preset full: \d+ pieces, 200 in the model$"
+    ):
+        tokenizer("full", folder)
+
+
+def test_a_preset_or_folder_that_does_not_exist_is_one_line(tmp_path: Path):
+    with pytest.raises(UserError, match="^unknown preset 'huge': it is one of full, tiny$"):
+        load_public("huge")
+    with pytest.raises(UserError, match=f"^{tmp_path}/nowhere: there is no such folder of weights$"):
+        load_public("tiny", tmp_path / "nowhere")
+
+
+# helpers
+
+
+def original(state: dict[str, Tensor], table: Table) -> dict[str, Tensor]:
+    """Our tensors under the names of the original: the table read from right to left."""
+    backwards = {ours: row for row, ours in table.items() if ours}
+    return rename(state, backwards)
+
+
+def write_originals(model: UniFashion, folder: Path) -> None:
+    """The files of weights/files as published: names, wrappers, containers, and what a table leaves out."""
+    eva = {k: v.half() for k, v in original(model.vit.state_dict(), VIT).items()}
+    eva |= {"blocks.39.norm1.weight": torch.ones(3), "head.weight": torch.ones(3)}
+    blip2 = original(model.qformer.state_dict(), QFORMER) | {"Qformer.cls.predictions.bias": torch.ones(3)}
+    parts = nn.ModuleDict({"unet": model.unet, "garment": model.garment, "vae": model.vae})
+    tryon = original({**parts.state_dict(), "null_context": model.null_context.detach()}, STABLEVITON)
+    for name in [n for n in tryon if n.startswith("model.diffusion_model.output_blocks.2.2.conv")]:
+        tryon[name.replace("2.2.conv", "2.1.conv")] = tryon.pop(name)  # the coarsest level has no attention
+    tryon |= {
+        "betas": torch.ones(1000),
+        "cond_stage_model.final_ln.weight": torch.ones(3),
+        "lastzc.bias": torch.ones(4),
+    }
+    torch.save(eva, folder / "eva_vit_g.pth", _use_new_zipfile_serialization=False)
+    torch.save({"model": blip2}, folder / "blip2_pretrained.pth")
+    torch.save({"state_dict": tryon, "epoch": 1}, folder / "VITONHD_PBE_pose.ckpt")
+    (folder / "bert_vocab.txt").write_text("\n".join(build_vocab(["a red dress"])) + "\n")
+
+
+def write_learned(model: UniFashion, folder: Path, modules: list[str] | tuple[str, ...]) -> None:
+    (folder / "unifashion").mkdir(exist_ok=True)
+    state = {k: v for k, v in model.state_dict().items() if k.split(".")[0] in modules}
+    save_file(state, folder / "unifashion" / "model.safetensors")
+
+
+def wrong_tensors(ours: nn.Module, theirs: nn.Module) -> list[str]:
+    """Names of the tensors that differ, after the cast to the type of ours."""
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert a.keys() == b.keys()
+    return sorted(name for name in a if not torch.equal(a[name], b[name].to(a[name].dtype)))
+
+
+@torch.no_grad()
+def outputs(model: UniFashion) -> list[Tensor]:
+    """Everything the model does for a try-on, in its order."""
+    dice = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=dice)  # noqa: E731
+    ids = torch.arange(5)[None]
+    context = model.context(model.see(draw(1, 3, 28, 28)), ids, torch.ones_like(ids, dtype=torch.bool))
+    agnostic, hint = model.vae.encode(draw(2, 3, 64, 48)).split(1)
+    scene = model.scene(agnostic, draw(1, 1, *SMALL.latent), hint)
+    *_, latent = model.sample(draw(1, 4, *SMALL.latent), scene, context, hint, 2, guidance=2.0)
+    return [context, agnostic, latent, model.vae.decode(latent)]

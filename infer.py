@@ -1,0 +1,305 @@
+"""Use the trained model.
+
+    python infer.py tryon --person person.jpg --cloth cloth.jpg --out out.png
+    python infer.py tryon --person person.jpg --sketch sketch.png --text "red, long sleeves, v-neck" --out out.png
+
+Exit codes: 0 done; 2 the input is wrong: one line says what, and nothing is written; 130 stopped by Ctrl-C; 1 a bug.
+What needs torch is imported where it is used, so that `--help` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from unifashion import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from unifashion.config import UniFashionConfig
+    from unifashion.model import UniFashion
+    from unifashion.tokenizers import WordPiece
+
+
+def tryon(args: argparse.Namespace) -> None:
+    """Dress the person of one picture in the garment of another, or of a sketch, with a text or without."""
+    check_numbers(args)
+    outs = result_paths(args)
+    import torch
+
+    from unifashion import preprocess, training
+    from unifashion.config import PRESETS
+    from weights.load import default_preset, folder_of, load_unifashion, tokenizer
+
+    notes: list[str] = []  # what was decided for the user
+    if args.preset is None:
+        args.preset = default_preset(args.weights)
+        holds = "holds" if args.preset == "full" else "does not hold"
+        notes.append(
+            f"preset {args.preset}: {args.weights or folder_of('full')} {holds} the original weights"
+        )
+    cfg, folder = PRESETS[args.preset], folder_of(args.preset, args.weights)
+    device = training.pick_device(args.device)
+    args.device = device.type
+    if args.dtype == "auto":
+        args.dtype = "bf16" if device.type == "cuda" else "fp32"
+    if args.guidance is None:
+        args.guidance = cfg.guidance
+
+    person = preprocess.read_image(args.person)
+    mask, mask_source = read_mask(args, person.size, notes)
+    canvas, box = preprocess.pad_to_ratio(person, cfg.picture[1] / cfg.picture[0])
+    inputs = read_inputs(args, canvas, mask, cfg, tokenizer(args.preset, args.weights), notes)
+
+    training.fast_malloc()
+    torch.backends.cudnn.deterministic = True  # same seed, same machine: same bytes
+    start = time.perf_counter()
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    model = load_unifashion(args.preset, args.weights, device, dtype)
+    loaded = time.perf_counter()
+    if not args.quiet:
+        print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
+    pictures = draw(model, inputs, args)
+    drawn = time.perf_counter()
+    for path, picture in zip(outs, pictures, strict=True):
+        preprocess.save_png(pasted(picture, person, mask, box, canvas.size), path)
+
+    flags = ("model", "preset", "device", "dtype", "seed", "sampler", "steps", "guidance")
+    used = {"out": [str(path) for path in outs], "weights": str(folder), "mask": mask_source}
+    used |= {flag: getattr(args, flag) for flag in flags}
+    used |= {"seconds_loading": round(loaded - start, 2), "seconds_sampling": round(drawn - loaded, 2)}
+    if args.json:
+        print(json.dumps({**used, "notes": notes}))
+    elif not args.quiet:
+        for name, value in used.items():
+            print(f"{name.replace('_', ' '):17}", " ".join(value) if name == "out" else value)
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    if not 2 <= args.steps <= 500:
+        raise UserError(f"--steps is {args.steps}, must be 2 to 500")
+    if args.guidance is not None and not (args.guidance >= 0 and math.isfinite(args.guidance)):
+        raise UserError(f"--guidance is {args.guidance}, must be a number from 0 up")
+    if not 1 <= args.num <= 64:
+        raise UserError(f"--num is {args.num}, must be 1 to 64: they run as one batch")
+    if args.text is not None and not args.text.strip():
+        raise UserError("--text is empty: say what the garment is like, or leave it out")
+
+
+def result_paths(args: argparse.Namespace) -> list[Path]:
+    """out.png, out-1.png, out-2.png, ...: all of them can be written, none of them is an input."""
+    from unifashion.preprocess import check_png_path
+
+    outs = [args.out, *(args.out.with_stem(f"{args.out.stem}-{i}") for i in range(1, args.num))]
+    inputs = (args.person, args.cloth, args.sketch, args.mask, args.pose)
+    for out in outs:
+        try:
+            check_png_path(out)
+            overwritten = out.exists() and any(
+                path and path.exists() and out.samefile(path) for path in inputs
+            )
+        except OSError as error:  # a name that is too long
+            raise UserError(f"{error.filename}: {error.strerror}") from None
+        if overwritten:
+            raise UserError(f"{out} is an input and would be overwritten: give --out another name")
+    return outs
+
+
+def read_mask(args: argparse.Namespace, size: tuple[int, int], notes: list[str]) -> tuple[Image.Image, str]:
+    """-> the mask, L, of the person's (width, height), 255 = repaint; and where it is from."""
+    from unifashion.preprocess import mask_from_box, mask_from_file, torso_mask
+
+    if args.mask is not None:
+        return mask_from_file(args.mask, size), str(args.mask)
+    if args.box is not None:
+        return mask_from_box(args.box, size), "box " + ",".join(map(str, args.box))
+    mask = torso_mask(size)
+    source = "torso box " + ",".join(map(str, mask.getbbox()))
+    notes.append(f"no --mask and no --box: the {source} is repainted")
+    return mask, source
+
+
+def read_inputs(
+    args: argparse.Namespace,
+    canvas: Image.Image,
+    mask: Image.Image,
+    cfg: UniFashionConfig,
+    words: WordPiece,
+    notes: list[str],
+) -> dict[str, Tensor]:
+    """
+    What train_phase2.py's `Scenes` makes of a sample, for the one condition that is asked for.
+
+    canvas: the person, padded to the network's aspect ratio; mask: not padded. -> person, hint, pose (1,3,y,x) in [-1,1],
+    keep (1,1,y,x), picture (1,3,224,224) for the Q-Former, ids and mask (1,t); pose, ids and mask only if given.
+    """
+    from PIL import ImageOps, ImageStat
+
+    from unifashion.preprocess import keep_mask, pad_to_ratio, qformer_image, read_image, unet_image
+
+    size, ratio = cfg.picture, cfg.picture[1] / cfg.picture[0]
+    fill = 255 if args.cloth else 0  # white around a photo, black around a sketch
+    garment = read_image(args.cloth or args.sketch)
+    if args.sketch:
+        garment = garment.convert("L")
+        if ImageStat.Stat(garment).mean[0] > 127.5:
+            garment = ImageOps.invert(garment)
+            notes.append(
+                f"{args.sketch} is dark on white: inverted, since the model knows sketches bright on black"
+            )
+        garment = garment.convert("RGB")
+    inputs = {
+        "person": unet_image(canvas, size),
+        "keep": keep_mask(pad_to_ratio(mask, ratio, fill=0)[0], size),
+        "hint": unet_image(pad_to_ratio(garment, ratio, fill)[0], size),
+        "picture": qformer_image(garment, cfg.vit.image_size[0], fill=fill),
+    }
+    if args.pose:
+        pose = read_image(args.pose, background="black")
+        if abs(pose.width * mask.height / (pose.height * mask.width) - 1) > 0.02:  # as masks
+            sizes = f"{pose.width}x{pose.height} does not fit a person of {mask.width}x{mask.height}"
+            raise UserError(f"{args.pose}: a pose of {sizes}")
+        inputs["pose"] = unet_image(pad_to_ratio(pose.resize(mask.size), ratio, fill=0)[0], size)
+    inputs = {name: x[None] for name, x in inputs.items()}
+    if args.text:
+        if words.is_cut(args.text, cfg.qformer.max_text):
+            notes.append(f"--text is too long: the model reads its first {cfg.qformer.max_text - 2} tokens")
+        inputs["ids"], inputs["mask"] = words.encode([args.text], cfg.qformer.max_text)
+    return inputs
+
+
+def encode(model: UniFashion, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """-> scene (1,9,y,x), context (1,32,768) and hint (1,4,y,x), as train_phase2.py's `encode_tryon` makes them."""
+    from unifashion.preprocess import latent_mask
+
+    dtype = model.null_context.dtype
+    x = {k: v.to(model.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+    agnostic = model.vae.encode(x["person"] * x["keep"])  # the hole is 0: grey
+    keep = latent_mask(x["keep"][0], model.cfg.vae.factor)[None]
+    pose = model.vae.encode(x["pose"]) if "pose" in x else None
+    context = model.context(model.see(x["picture"]), x.get("ids"), x.get("mask"))
+    return model.scene(agnostic, keep, pose), context, model.vae.encode(x["hint"])
+
+
+def draw(model: UniFashion, inputs: dict[str, Tensor], args: argparse.Namespace) -> list[Tensor]:
+    """`args.num` pictures (3,y,x), about [-1,1], float32 on the CPU. The noise of picture i is seeded by (seed, i)."""
+    import torch
+    from tqdm import tqdm
+
+    from unifashion.training import seeded
+
+    shape = (model.cfg.vae.latent_channels, *model.cfg.latent)
+    noise = torch.stack(
+        [torch.randn(shape, generator=seeded("tryon", args.seed, i)) for i in range(args.num)]
+    )
+    conditions = [x.expand(args.num, *x.shape[1:]) for x in encode(model, inputs)]
+    latents = model.sample(noise.to(model.device), *conditions, args.steps, args.sampler, args.guidance)
+    for latent in tqdm(latents, total=args.steps, desc="sampling", unit="step", disable=args.quiet):
+        if not latent.isfinite().all():
+            raise UserError("the numbers overflow: --guidance is too high, or a file of weights is damaged")
+    # One at a time: at full size the decoder needs more memory than the sampler.
+    return [model.vae.decode(z[None].to(model.null_context.dtype))[0].float().cpu() for z in latent]
+
+
+def pasted(
+    picture: Tensor,
+    person: Image.Image,
+    mask: Image.Image,
+    box: tuple[int, int, int, int],
+    canvas: tuple[int, int],
+) -> Image.Image:
+    """What the network drew of the whole canvas -> the person, at its own size, with it where the mask is white."""
+    import numpy as np
+    from PIL import Image
+
+    from unifashion.preprocess import crop_back, paste, to_uint8
+
+    drawn = crop_back(Image.fromarray(to_uint8(picture)), box, canvas)
+    result = Image.fromarray(paste(np.array(person), np.array(drawn), np.array(mask)))
+    profile = person.info.get("icc_profile") or b""
+    if profile[16:20] == b"RGB ":  # without it, a phone's photograph would change its colours
+        result.info["icc_profile"] = profile
+    return result
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but its complaint is one line like every other, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        if "expected one argument" in message:
+            message += " (a value that starts with a minus is written --flag=-1)"
+        raise UserError(message)
+
+
+def four_numbers(text: str) -> tuple[int, ...]:
+    try:
+        x0, y0, x1, y1 = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not four whole numbers x0,y0,x1,y1") from None
+    return x0, y0, x1, y1
+
+
+def common_arguments(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("model and place")
+    g.add_argument(
+        "--preset", choices=["tiny", "full"], help="default: full if its files are there, else tiny"
+    )
+    g.add_argument("--weights", type=Path, metavar="DIR", help="default: weights/files (full), weights/tiny")
+    g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    g.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA")
+    g.add_argument("--quiet", action="store_true", help="no notes, no progress and no report, except --json")
+    g.add_argument("--json", action="store_true", help="the report as one JSON object on stdout")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    top = Parser(prog="infer.py", description="Use the trained model.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    p = commands.add_parser("tryon", help=tryon.__doc__, description=tryon.__doc__, allow_abbrev=False)
+    p.set_defaults(run=tryon)
+    p.add_argument("--person", type=Path, required=True, help="photo, from the knees or the hips up")
+    garment = p.add_mutually_exclusive_group(required=True)
+    garment.add_argument("--cloth", type=Path, help="photo of the garment, best on white")
+    garment.add_argument("--sketch", type=Path, help="line drawing of the garment")
+    p.add_argument("--text", help="what the garment is like, with --cloth or --sketch")
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("--mask", type=Path, help="picture of the person's shape: white = repaint")
+    where.add_argument("--box", type=four_numbers, metavar="x0,y0,x1,y1", help="in pixels (default: torso)")
+    p.add_argument("--pose", type=Path, help="densepose picture of the person (default: none)")
+    p.add_argument("--model", choices=["unifashion"], default="unifashion")
+    p.add_argument("--steps", type=int, default=50, help="2 to 500 (default %(default)s)")
+    p.add_argument("--sampler", choices=["plms", "ddim", "dpm++"], default="plms", help="default %(default)s")
+    p.add_argument(
+        "--guidance", type=float, help="how strictly to follow the garment (default: the preset's)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    p.add_argument(
+        "--num", type=int, default=1, help="how many: out.png, out-1.png, ... (default %(default)s)"
+    )
+    p.add_argument("--out", type=Path, required=True, help="a .png; it gets the person's size")
+    common_arguments(p)
+    return top.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse(argv)
+        args.run(args)
+    except UserError as error:
+        print("infer.py:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("infer.py: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -101,17 +101,23 @@ class Round(NamedTuple):
 
 
 @torch.no_grad()
-def measure(
-    steps: dict[str, Step], repeats: int, device: torch.device
-) -> tuple[dict[str, int], dict[str, list[Round]]]:
-    """-> multiply-adds of each step, and its times in each round. The first round, untimed, counts and warms up."""
-    work, rounds = {}, {name: [] for name in steps}
-    for name, step in steps.items():
+def multiply_adds(cfg: UNetConfig, latent: tuple[int, int]) -> dict[str, int]:
+    """Of each step; counted on the meta device, because on a CPU the counter does not see fused attention."""
+    work = {}
+    for name, step in steps_of(cfg, latent, torch.device("meta")).items():
         with FlopCounterMode(display=False) as counter:
-            noise = step()
-        if not noise.isfinite().all():
-            raise RuntimeError(f"{name} gives numbers that are not finite: its time would mean nothing")
+            step()
         work[name] = counter.get_total_flops() // 2
+    return work
+
+
+@torch.no_grad()
+def measure(steps: dict[str, Step], repeats: int, device: torch.device) -> dict[str, list[Round]]:
+    """The times of each step, round by round; a first round warms up and is not timed."""
+    rounds: dict[str, list[Round]] = {name: [] for name in steps}
+    for name, step in steps.items():
+        if not step().isfinite().all():
+            raise RuntimeError(f"{name} gives numbers that are not finite: its time would mean nothing")
     for _ in range(repeats):
         for name, step in steps.items():
             start, cpu_start = time.perf_counter(), time.process_time()
@@ -120,7 +126,7 @@ def measure(
                 torch.cuda.synchronize()
             rounds[name].append(Round(time.perf_counter() - start, time.process_time() - cpu_start))
             print(f"{name}: {rounds[name][-1].seconds:.4g} s", file=sys.stderr, flush=True)
-    return work, rounds
+    return rounds
 
 
 def report(work: dict[str, int], rounds: dict[str, list[Round]]) -> str:
@@ -170,7 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     preset = TINY if args.tiny else FULL
     torch.manual_seed(0)
     print(machine(device), flush=True)
-    print(report(*measure(steps_of(preset.unet, preset.latent, device), args.repeats, device)))
+    work = multiply_adds(preset.unet, preset.latent)
+    print(report(work, measure(steps_of(preset.unet, preset.latent, device), args.repeats, device)))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def diffusers_unet(cfg: UNetConfig) -> nn.Module:
         out_channels=cfg.out_channels,
         block_out_channels=tuple(cfg.widths),
         layers_per_block=cfg.res_blocks,
+        norm_num_groups=cfg.groups,
         cross_attention_dim=cfg.context_dim,
         attention_head_dim=cfg.heads,  # the number of heads, in spite of its name
         down_block_types=tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends),

@@ -83,7 +83,10 @@ def encode_generate(model: UniFashion, batch: dict[str, Tensor]) -> dict[str, Te
     return {"z": z, "mean": mean, "logvar": logvar}
 
 
-def align_losses(model: UniFashion, batch: dict[str, Tensor], seed: int, step: int) -> dict[str, Tensor]:
+def align_losses(
+    model: UniFashion, batch: dict[str, Tensor], seed: int, step: int, progress: float
+) -> dict[str, Tensor]:
+    """Eq. 5. The negatives of ITM are even draws at first and hard from half of the run on: a curriculum."""
     qformer = model.qformer
     with torch.no_grad():
         qformer.temp.clamp_(0.001, 0.5)  # as ALBEF and BLIP do; the official code forgot it
@@ -94,7 +97,8 @@ def align_losses(model: UniFashion, batch: dict[str, Tensor], seed: int, step: i
     sim = losses.similarity(qformer.embed_image(z), qformer.embed_text(text))
 
     same = (product[:, None] == product) | (ids[:, None] == ids).all(-1)
-    no_text, no_image = losses.hard_negatives(sim, qformer.temp, same, training.seeded("itm", seed, step))
+    dice, hardness = training.seeded("itm", seed, step), min(1.0, 2 * progress)
+    no_text, no_image = losses.hard_negatives(sim * hardness, qformer.temp, same, dice)
     z, _ = qformer(  # one pass over (image, text), (image, wrong text), (wrong image, text)
         torch.cat([seen, seen, seen[no_image]]),
         torch.cat([ids, ids[no_text], ids]),
@@ -104,7 +108,9 @@ def align_losses(model: UniFashion, batch: dict[str, Tensor], seed: int, step: i
     return {"itc": losses.itc(sim, qformer.temp), "itm": losses.itm(logits[: len(ids)], logits[len(ids) :])}
 
 
-def generate_losses(model: UniFashion, batch: dict[str, Tensor], seed: int, step: int) -> dict[str, Tensor]:
+def generate_losses(
+    model: UniFashion, batch: dict[str, Tensor], seed: int, step: int, progress: float
+) -> dict[str, Tensor]:
     b, shape = len(batch["z"]), batch["mean"].shape[1:]
     dice = training.seeded("generate", seed, step)
     draw = lambda *size: torch.randn(*size, generator=dice).to(batch["mean"])  # noqa: E731
@@ -114,7 +120,8 @@ def generate_losses(model: UniFashion, batch: dict[str, Tensor], seed: int, step
     noise = draw(b, *shape)
     context = model.drop_context(model.image_adapter(batch["z"]), keep)
     e = model.predict_noise(diffusion.q_sample(x0, t, noise), t, model.blank_scene(b), context)
-    return {"q2I": diffusion.eps_loss(e, noise).mean()}
+    weight = diffusion.loss_weight(t, model.cfg.loss_power)
+    return {"q2I": (diffusion.eps_loss(e, noise) * weight).mean()}
 
 
 STAGES = {"align": (encode_align, align_losses), "generate": (encode_generate, generate_losses)}
@@ -139,8 +146,12 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
     modules = training.load_learned(model, training.model_file(init)) if init else []
     parameters = training.set_trainable(model, TRAINABLE[stage])
     modules = sorted({*modules, *(name.split(".")[0] for name in parameters)})
+    # A temperature that follows a large learning rate sharpens ITC until ITM's gradient is lost beside it.
+    slow = [p for name, p in parameters.items() if name == "qformer.temp"]
+    rest = [p for name, p in parameters.items() if name != "qformer.temp"]
+    groups = [{"params": rest, "peak": knobs["lr"]}, {"params": slow, "peak": min(knobs["lr"], 2e-5)}]
     optimizer = torch.optim.AdamW(
-        parameters.values(), lr=knobs["lr"], betas=knobs["betas"], weight_decay=knobs["weight_decay"]
+        groups, lr=knobs["lr"], betas=knobs["betas"], weight_decay=knobs["weight_decay"]
     )
     ema = training.EMA(parameters) if stage == "generate" else None
 
@@ -167,7 +178,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
         order = training.batch_order(len(val_set), min(size, len(val_set)), 0, 0, 4)
         with torch.no_grad(), training.autocast(device, args.dtype):
             values = [
-                sum(loss_of(model, b, 0, i).values()) for i, b in enumerate(feed(val_set, order, False))
+                sum(loss_of(model, b, 0, i, 1.0).values()) for i, b in enumerate(feed(val_set, order, False))
             ]
         if stage == "generate":
             eight = iter([list(range(min(8, len(val_set))))])
@@ -185,14 +196,12 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
     for step in bar:
         rate = training.cosine(step, steps, warmup=max(1, steps // 20)) if stage == "align" else 1.0
         for group in optimizer.param_groups:
-            group["lr"] = knobs["lr"] * rate
+            group["lr"] = group["peak"] * rate
         torch.manual_seed(args.seed + step)  # dropout, too, depends on the step alone
         for micro in range(accumulate):
             with training.autocast(device, args.dtype):
-                parts = loss_of(model, next(stream), args.seed, step * accumulate + micro)
-                loss = sum(parts.values()) / accumulate
-            loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+                parts = loss_of(model, next(stream), args.seed, step * accumulate + micro, step / steps)
+            norms = training.backward_apart(parts, list(parameters.values()), 1 / accumulate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
@@ -204,7 +213,12 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
             bar.set_postfix(shown)
             seconds = round(bar.format_dict["elapsed"], 1)
             training.log_line(
-                out, step=step, **shown, lr=group["lr"], norm=round(float(norm), 3), seconds=seconds
+                out,
+                step=step,
+                **shown,
+                lr=knobs["lr"] * rate,
+                norms=[round(n, 3) for n in norms.tolist()],
+                seconds=seconds,
             )
         if state["step"] % args.eval_every == 0 or done:
             with training.averaged(ema):

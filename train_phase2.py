@@ -100,7 +100,9 @@ def encode_tryon(model: UniFashion, batch: dict[str, Tensor]) -> dict[str, Tenso
     }
 
 
-def tryon_losses(model: UniFashion, batch: dict[str, Tensor], seed: int, step: int) -> dict[str, Tensor]:
+def tryon_losses(
+    model: UniFashion, batch: dict[str, Tensor], seed: int, step: int, progress: float
+) -> dict[str, Tensor]:
     b, shape, device = len(batch["mean"]), batch["mean"].shape[1:], batch["mean"].device
     dice = training.seeded("tryon", seed, step)
     draw = lambda: torch.randn(b, *shape, generator=dice).to(device)  # noqa: E731
@@ -115,7 +117,8 @@ def tryon_losses(model: UniFashion, batch: dict[str, Tensor], seed: int, step: i
     context = model.drop_context(model.image_adapter(batch["z"][row, chosen]), kept["context"])
     x = diffusion.q_sample(x0, t, noise)
     e = model.predict_noise(x, t, scene, context, batch["hints"][row, chosen], kept["hint"].to(x.dtype))
-    return {"q2I": diffusion.eps_loss(e, noise).mean()}
+    weight = diffusion.loss_weight(t, model.cfg.loss_power)
+    return {"q2I": (diffusion.eps_loss(e, noise) * weight).mean()}
 
 
 TASKS = {"tryon": (encode_tryon, tryon_losses)}
@@ -168,7 +171,7 @@ def train(task: str, args: argparse.Namespace) -> None:
         order = training.batch_order(len(val_set), min(size, len(val_set)), 0, 0, 4)
         with torch.no_grad(), training.autocast(device, args.dtype):
             values = [
-                sum(loss_of(model, b, 0, i).values()) for i, b in enumerate(feed(val_set, order, False))
+                sum(loss_of(model, b, 0, i, 1.0).values()) for i, b in enumerate(feed(val_set, order, False))
             ]
         eight = iter([list(range(min(8, len(val_set))))])
         draw_samples(model, next(feed(val_set, eight, False)), out / "samples" / f"{state['step']:06}.png")
@@ -184,10 +187,8 @@ def train(task: str, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed + step)  # dropout, too, depends on the step alone
         for micro in range(accumulate):
             with training.autocast(device, args.dtype):
-                parts = loss_of(model, next(stream), args.seed, step * accumulate + micro)
-                loss = sum(parts.values()) / accumulate
-            loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+                parts = loss_of(model, next(stream), args.seed, step * accumulate + micro, step / steps)
+            norms = training.backward_apart(parts, list(parameters.values()), 1 / accumulate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()
@@ -198,7 +199,12 @@ def train(task: str, args: argparse.Namespace) -> None:
             bar.set_postfix(shown)
             seconds = round(bar.format_dict["elapsed"], 1)
             training.log_line(
-                out, step=step, **shown, lr=knobs["lr"], norm=round(float(norm), 3), seconds=seconds
+                out,
+                step=step,
+                **shown,
+                lr=knobs["lr"],
+                norms=[round(n, 3) for n in norms.tolist()],
+                seconds=seconds,
             )
         if state["step"] % args.eval_every == 0 or done:
             with training.averaged(ema):

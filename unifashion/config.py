@@ -15,6 +15,9 @@ class UniFashionConfig:
     vae: VAEConfig = VAEConfig()
     unet: UNetConfig = UNetConfig()
     picture: tuple[int, int] = (512, 384)  # y, x of what the U-Net side reads and draws
+    loss_power: float = (
+        0.0  # how much more q2I counts at noisy timesteps; 0 is Eq. 7 (`diffusion.loss_weight`)
+    )
     guidance: float = 2.0  # classifier-free guidance, chosen on a validation split
 
     def __post_init__(self) -> None:
@@ -46,7 +49,7 @@ TINY = UniFashionConfig(
     qformer=QFormerConfig(
         vocab_size=256,
         max_positions=64,
-        max_text=48,
+        max_text=32,
         queries=16,
         dim=128,
         depth=4,
@@ -56,10 +59,10 @@ TINY = UniFashionConfig(
         embed_dim=64,
         dropout=0.0,
     ),
-    vae=VAEConfig(channels=32, channel_mult=(1, 1, 2), res_blocks=1, groups=8),
+    vae=VAEConfig(channels=32, channel_mult=(1, 1, 2), res_blocks=1, groups=8, scale=0.6756),
     unet=UNetConfig(
         channels=32,
-        channel_mult=(1, 2, 3, 3),
+        channel_mult=(1, 2, 2, 2),
         attention_levels=(1, 2),
         res_blocks=1,
         heads=2,
@@ -67,6 +70,8 @@ TINY = UniFashionConfig(
         context_dim=128,
     ),
     picture=(128, 96),
+    loss_power=1.0,
+    guidance=1.0,
 )
 
 PRESETS = {"full": FULL, "tiny": TINY}

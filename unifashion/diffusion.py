@@ -39,6 +39,15 @@ def eps_loss(predicted: Tensor, noise: Tensor) -> Tensor:
     return (predicted.to(noise.dtype) - noise).square().flatten(1).mean(1)
 
 
+def loss_weight(t: Tensor, power: float) -> Tensor:
+    """
+    a_t ** -power for t (b,) -> (b,). Power 0 is Eq. 7; power 1 is the loss of v-prediction (arXiv 2202.00512) for a network
+    that predicts eps: an error in eps is an error in x_0 sqrt(1/a_t - 1) times as large, 13 times at t = 980, where Eq. 7
+    hardly sees it and colours are decided. A network that starts from nothing needs it; one that was trained does not.
+    """
+    return alphas_cumprod().to(t.device)[t].pow(-power).float()
+
+
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance; scale 1 is the conditional prediction, 0 the unconditional one."""
     return unconditional + scale * (conditional - unconditional)

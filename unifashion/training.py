@@ -86,12 +86,12 @@ def check_arguments(args: argparse.Namespace, stages: list[str], flag: str) -> N
         "--lr": args.lr,
     }
     for name, value in per_stage.items():
+        if value is not None and value <= 0:
+            raise UserError(f"{name} is {value}, must be positive")
         if value is not None and len(stages) > 1:
             raise UserError(
                 f"{name} means something else in each of {', '.join(stages)}: name one with {flag}"
             )
-        if value is not None and value <= 0:
-            raise UserError(f"{name} is {value}, must be positive")
     if args.steps and args.epochs:
         raise UserError("give --steps or --epochs, not both")
     if args.accumulate < 1 or args.eval_every < 1:
@@ -232,6 +232,24 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def backward_apart(losses: dict[str, Tensor], parameters: list[nn.Parameter], share: float) -> Tensor:
+    """
+    Add each loss's gradient to `.grad`, clipped to norm 1 on its own and times `share`; returns the norms before (losses,).
+
+    One clip for all would starve a loss: at the start ITC's gradient is a hundred times ITM's, whose task is the slower.
+    """
+    norms = []
+    for loss in losses.values():
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        used = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for _, g in used]))
+        scale = share * (1.0 / (norm + 1e-6)).clamp(max=1.0)
+        for p, g in used:
+            p.grad = g * scale if p.grad is None else p.grad + g * scale
+        norms.append(norm)
+    return torch.stack(norms)
 
 
 class EMA:

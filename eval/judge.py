@@ -180,7 +180,7 @@ def told(condition: str, g: toy.Garment, text: str) -> set[str]:
     words = [("plain", "solid")] if g.pattern == "plain" else PATTERN_WORDS[g.pattern]
     phrases = {
         "colour": [g.colour],
-        "pattern": [phrase.removeprefix("a ") for kind in words for phrase in kind],
+        "pattern": [phrase for kind in words for phrase in kind],
         "second": [] if g.pattern == "plain" else [g.second],
     }
     said = {

@@ -76,12 +76,12 @@ def test_a_score_looks_at_the_true_garment_only():
     garment[2:6, 2:6] = True
     truth[garment] = toy.PALETTE["red"]
     picture = truth.copy()
-    picture[garment] = picture[garment] - 10
+    picture[garment] += 20
     picture[~garment] = 0
     found = np.roll(garment, 1, axis=0)  # 12 of 16 pixels in common, 20 together
     read = {k: getattr(RED_SHIRT, k) for k in ATTRIBUTES}
     values = dict(zip(COLUMNS, score(picture, truth, garment, RED_SHIRT, read, found), strict=True))
-    assert values["PSNR"] == pytest.approx(20 * np.log10(255 / 10))
+    assert values["PSNR"] == pytest.approx(20 * np.log10(255 / 20))
     assert values["IoU"] == 12 / 20
     assert [values[k] for k in ("colour", *ATTRIBUTES)] == [1] * 7
     for k in ATTRIBUTES:
@@ -90,6 +90,7 @@ def test_a_score_looks_at_the_true_garment_only():
             zip(COLUMNS, score(picture, truth, garment, RED_SHIRT, {**read, k: wrong}, found), strict=True)
         )
         assert [name for name in COLUMNS if other[name] != values[name]] == [k]
+    assert score(truth, truth, garment, RED_SHIRT, read, ~garment)[0] == 1
     assert score(truth, truth, garment, replace(RED_SHIRT, colour="blue"), read, garment)[0] == 0
 
 
@@ -106,11 +107,12 @@ def test_pixels_changed_outside_the_mask_are_counted(cases, oracle, monkeypatch)
     )
 
 
-def test_only_the_first_pictures_are_kept_and_batches_do_not_matter(cases, oracle):
+def test_only_the_first_pictures_are_kept_and_batches_do_not_matter(cases, oracle, monkeypatch):
+    monkeypatch.setattr(generation, "ON_SHEET", 5)
     make = lambda indices: [cases.truth((i * 3) % len(cases))[0] for i in indices]  # noqa: E731
     rows = [measure(make, cases, oracle, batch, "") for batch in (1, 4, len(cases))]
     for row in rows:
-        assert len(row.first) == generation.ON_SHEET
+        assert len(row.first) == 5
         assert np.array_equal(row.first, rows[0].first) and np.array_equal(row.values, rows[0].values)
 
 
@@ -130,6 +132,7 @@ def test_a_photo_tells_everything_and_a_text_what_it_has_words_for():
         assert told("sketch+text", RED_SHIRT, text) == shape | words
     assert told("sketch+text", plain, "red shirt, solid red shirt") == shape | {"colour", "pattern"}
     assert told("sketch+text", plain, "white shirt") == shape
+    assert told("sketch+text", replace(RED_SHIRT, pattern="checked"), "plaid pattern") == shape | {"pattern"}
 
 
 def test_every_toy_text_tells_colour_and_pattern(cases):
@@ -305,6 +308,14 @@ def test_the_judge_learns_attributes_and_masks(learned, world):
     assert ((found & masks).sum((1, 2)) / (found | masks).sum((1, 2))).mean() > 0.8
 
 
+def test_the_judge_is_not_taught_a_second_colour_that_nobody_sees(world):
+    _, _, targets = judge.read_training_set(world, True)
+    for i, g in enumerate(row["garment"] for row in generation.read_rows(world, "train")):
+        unseen = g["pattern"] == "plain"
+        wanted = {k: toy.ATTRIBUTES[k].index(g[k]) for k in ATTRIBUTES} | ({"second": -100} if unseen else {})
+        assert {k: int(v[i]) for k, v in targets.items()} == wanted
+
+
 def test_the_judge_reads_pictures_of_any_size(learned, world):
     pictures, masks, _ = training_pictures(world)
     large, large_masks = (x.repeat(2, axis=1).repeat(2, axis=2) for x in (pictures, masks))
@@ -375,6 +386,7 @@ def test_the_report_holds_what_a_reader_needs_and_repeats(command, tmp_path, cap
         )
         assert rows["truth"]["PSNR"] == [99, 99, 99] and rows["truth"]["colour"][0] == 100
         assert all(row["changed"] == 0 for row in rows.values())
+        assert len({str(rows[name]["PSNR"]) for name in names}) == 6  # no row is another's
         assert len(first["results"][condition]["differences"]) == 2
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
     again, other = command("--seed", "3"), command("--seed", "4")
@@ -382,7 +394,7 @@ def test_the_report_holds_what_a_reader_needs_and_repeats(command, tmp_path, cap
 
 
 def test_a_grid_measures_every_setting_without_controls(command):
-    rows = command("--grid", "ddim:2,dpm++:3")["results"]["cloth"]["rows"]
+    rows = command("--grid", "ddim:2,dpm++:3", "--guidance", "2")["results"]["cloth"]["rows"]
     assert list(rows) == ["ddim 2, guidance 2", "dpm++ 3, guidance 2", "truth through the VAE", "truth"]
     assert rows["ddim 2, guidance 2"]["PSNR"] != rows["dpm++ 3, guidance 2"]["PSNR"]
 

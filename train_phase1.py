@@ -120,8 +120,7 @@ def generate_losses(
     noise = draw(b, *shape)
     context = model.drop_context(model.image_adapter(batch["z"]), keep)
     e = model.predict_noise(diffusion.q_sample(x0, t, noise), t, model.blank_scene(b), context)
-    weight = diffusion.loss_weight(t, model.cfg.loss_power)
-    return {"q2I": (diffusion.eps_loss(e, noise) * weight).mean()}
+    return {"q2I": model.q2i(e, noise, t)}
 
 
 STAGES = {"align": (encode_align, align_losses), "generate": (encode_generate, generate_losses)}
@@ -238,7 +237,7 @@ def draw_samples(model: UniFashion, batch: dict[str, Tensor], path: Path) -> Non
     noise = torch.randn(shape, generator=training.seeded("samples")).to(batch["mean"])
     context = model.image_adapter(batch["z"])
     *_, latent = model.sample(
-        noise, model.blank_scene(len(noise)), context, steps=20, sampler="ddim", guidance=2.0
+        noise, model.blank_scene(len(noise)), context, steps=10, sampler="dpm++", guidance=model.cfg.guidance
     )
     training.save_sheet([model.vae.decode(batch["mean"] * scale), model.vae.decode(latent)], path)
 

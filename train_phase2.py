@@ -117,8 +117,7 @@ def tryon_losses(
     context = model.drop_context(model.image_adapter(batch["z"][row, chosen]), kept["context"])
     x = diffusion.q_sample(x0, t, noise)
     e = model.predict_noise(x, t, scene, context, batch["hints"][row, chosen], kept["hint"].to(x.dtype))
-    weight = diffusion.loss_weight(t, model.cfg.loss_power)
-    return {"q2I": (diffusion.eps_loss(e, noise) * weight).mean()}
+    return {"q2I": model.q2i(e, noise, t)}
 
 
 TASKS = {"tryon": (encode_tryon, tryon_losses)}
@@ -227,7 +226,7 @@ def draw_samples(model: UniFashion, batch: dict[str, Tensor], path: Path) -> Non
     for condition in (0, 2):
         context = model.image_adapter(batch["z"][:, condition])
         hint = batch["hints"][:, condition]
-        *_, latent = model.sample(noise, scene, context, hint, 20, "ddim", model.cfg.guidance)
+        *_, latent = model.sample(noise, scene, context, hint, 10, "dpm++", model.cfg.guidance)
         rows.append(latent)
     training.save_sheet([model.vae.decode(row) for row in rows], path)
 

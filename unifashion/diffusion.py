@@ -39,13 +39,9 @@ def eps_loss(predicted: Tensor, noise: Tensor) -> Tensor:
     return (predicted.to(noise.dtype) - noise).square().flatten(1).mean(1)
 
 
-def loss_weight(t: Tensor, power: float) -> Tensor:
-    """
-    a_t ** -power for t (b,) -> (b,). Power 0 is Eq. 7; power 1 is the loss of v-prediction (arXiv 2202.00512) for a network
-    that predicts eps: an error in eps is an error in x_0 sqrt(1/a_t - 1) times as large, 13 times at t = 980, where Eq. 7
-    hardly sees it and colours are decided. A network that starts from nothing needs it; one that was trained does not.
-    """
-    return alphas_cumprod().to(t.device)[t].pow(-power).float()
+def v_to_eps(v: Tensor, x: Tensor, a: Tensor | float) -> Tensor:
+    """v = sqrt(a) eps - sqrt(1 - a) x_0 (arXiv 2202.00512) and x_t -> eps; a is a_t, a number or (b,1,1,1)."""
+    return a**0.5 * v + (1 - a) ** 0.5 * x
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

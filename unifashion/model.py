@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unifashion.config import UniFashionConfig
-from unifashion.diffusion import SAMPLERS, guided
+from unifashion.diffusion import ALPHAS, SAMPLERS, alphas_cumprod, eps_loss, guided, v_to_eps
 from unifashion.garment import GarmentEncoder
 from unifashion.qformer import QFormer
 from unifashion.unet import UNet
@@ -83,12 +83,22 @@ class UniFashion(nn.Module):
         x (b,4,y,x) noisy latent, t (b,) timesteps, scene (b,9,y,x), context (b,q,context_dim),
         hint (b,4,y,x) scaled latent of the garment, keep_hint (b,) 1 or 0: with the garment, or without -> eps (b,4,y,x)
         """
-        x = torch.cat([x, scene], dim=1)
+        seen = torch.cat([x, scene], dim=1)
         inject = None
         if hint is not None:
-            features = self.garment(x, t, self.garment.context(context), hint)
+            features = self.garment(seen, t, self.garment.context(context), hint)
             inject = partial(self.garment.inject, features, keep_hint)
-        return self.unet(x, t, self.unet.context(context), inject)
+        out = self.unet(seen, t, self.unet.context(context), inject)
+        if self.cfg.prediction == "eps":
+            return out
+        return v_to_eps(out, x, alphas_cumprod().to(x.device, x.dtype)[t][:, None, None, None])
+
+    def q2i(self, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Eq. 7, the mean over (b,4,y,x); where the U-Net predicts v, its error there: that of eps, over a_t."""
+        loss = eps_loss(predicted, noise)
+        if self.cfg.prediction == "v":
+            loss = loss / alphas_cumprod().to(t.device, loss.dtype)[t]
+        return loss.mean()
 
     @torch.no_grad()
     def sample(
@@ -115,13 +125,14 @@ class UniFashion(nn.Module):
         for_garment = self.garment.context(context) if hint is not None else []
 
         def eps(x: Tensor, t: int) -> Tensor:
-            x = torch.cat([x, x] if both else [x]).to(dtype)
-            x = torch.cat([x, scene], dim=1)
-            at = torch.full((len(x),), t, device=x.device)
+            pair = torch.cat([x, x] if both else [x]).to(dtype)
+            seen = torch.cat([pair, scene], dim=1)
+            at = torch.full((len(seen),), t, device=x.device)
             inject = None
             if hint is not None:
-                inject = partial(self.garment.inject, self.garment(x, at, for_garment, hint), None)
-            e = self.unet(x, at, for_unet, inject).to(noise.dtype)
-            return guided(*e.chunk(2), guidance) if both else e
+                inject = partial(self.garment.inject, self.garment(seen, at, for_garment, hint), None)
+            out = self.unet(seen, at, for_unet, inject).to(noise.dtype)
+            out = guided(*out.chunk(2), guidance) if both else out
+            return out if self.cfg.prediction == "eps" else v_to_eps(out, x, ALPHAS[t])
 
         yield from SAMPLERS[sampler](eps, noise, steps)

@@ -1,6 +1,7 @@
 """Train the stand-ins for what FULL downloads: the VAE, the ViT, and the Q-Former's vocabulary, all on ToyFashion.
 
     python -m weights.tiny.pretrain vocab|vae|vit --data data/toy --out runs/vae
+    python -m weights.tiny.pretrain ship --init runs/tryon      the best of a run -> weights/tiny/model.safetensors
 
 The VAE learns to give pictures back: |x - x'| + 5 (x - x')^2 + |grad x - grad x'| + KL. The ViT, which stands in for EVA-CLIP, learns to
 name a garment's attributes from its photograph (several views) and its shape from its sketch; its heads are thrown away.
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -115,8 +116,12 @@ class Copier(nn.Module):
         noise = torch.randn(mean.shape, generator=training.seeded("vae", step))
         z = mean + torch.exp(0.5 * logvar) * noise
         y = self.vae.decode(z * self.vae.cfg.scale)
-        pixels = (y - x).abs().mean() + 5 * (y - x).square().mean()  # the square: a wrong colour is worse than a blur
-        edges = (y.diff(dim=-1) - x.diff(dim=-1)).abs().mean() + (y.diff(dim=-2) - x.diff(dim=-2)).abs().mean()
+        pixels = (y - x).abs().mean() + 5 * (
+            y - x
+        ).square().mean()  # the square: a wrong colour is worse than a blur
+        edges = (y.diff(dim=-1) - x.diff(dim=-1)).abs().mean() + (
+            y.diff(dim=-2) - x.diff(dim=-2)
+        ).abs().mean()
         kl = kl_divergence(mean, logvar).mean() * 2e-7
         return {"pixels": pixels, "edges": edges / 2, "KL": kl}
 
@@ -156,15 +161,15 @@ def train(
             training.save_checkpoint(out / "last", model, modules, optimizer, parameters, None, state)
         if stop.asked:
             return
-    save_half(getattr(model, part), HERE / f"{part}.safetensors")
+    save_half(getattr(model, part).state_dict(), HERE / f"{part}.safetensors")
     if part == "vae":
         report_vae(model.vae.eval(), Pictures(root), out)
 
 
-def save_half(module: nn.Module, path: Path) -> None:
+def save_half(tensors: dict[str, Tensor], path: Path) -> None:
     """Shipped weights are float16: half the download, and no picture shows it."""
     new = path.with_suffix(".new")
-    save_file({k: v.half().contiguous() for k, v in module.state_dict().items()}, new)
+    save_file({k: v.half().contiguous() for k, v in tensors.items()}, new)
     new.replace(path)
     print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
 
@@ -197,9 +202,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["vocab", "vae", "vit"])
+    parser.add_argument("part", choices=["vocab", "vae", "vit", "ship"])
     parser.add_argument("--data", type=Path, default=Path("data/toy"))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--init", type=Path, default=Path("runs/tryon"), help="the run to ship")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch-size", type=int)
@@ -208,6 +214,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
     args = parser.parse_args(argv)
     training.fast_malloc()
+    if args.part == "ship":
+        best = args.init / "best" / "model.safetensors"
+        return save_half(load_file(best), HERE / "model.safetensors")
     root = training.toy_folder(args.data)
     if args.part == "vocab":
         return write_vocab(root)

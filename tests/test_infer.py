@@ -153,6 +153,25 @@ def test_a_garment_of_any_shape_is_shown_whole_on_white_and_a_sketch_on_black(
         assert torch.all((middle - (level / 127.5 - 1)).abs() < 0.01)
 
 
+def test_what_is_padded_is_kept_and_has_no_pose(room: Path, model: UniFashion):
+    person, mask = photo(room / "square.png", (48, 48), 1), ellipse(room / "m.png", (48, 48))
+    clear = Image.new("RGBA", (96, 96), (255, 255, 255, 0))
+    clear.paste((0, 200, 0, 255), (30, 30, 60, 60))
+    clear.save(room / "pose.png")
+    args = infer.parse(["tryon", "--person", "p", "--cloth", "cloth.png", "--out", "o", "--pose", "pose.png"])
+    canvas = ImageOps.pad(person, (48, 64))
+    inputs = infer.read_inputs(args, canvas, mask, model.cfg, None, [])
+    for rows in (slice(0, 7), slice(57, 64)):  # 8 rows were padded on either side
+        assert torch.all(inputs["keep"][0, :, rows] == 1)
+        assert torch.all(inputs["pose"][0, :, rows] == -1)
+    assert inputs["keep"][0, 0, 32, 24] == 0 and inputs["pose"][0, 1, 30, 22] > 0.5
+    assert torch.all(inputs["pose"][0, :, 10:14] == -1)  # transparent is black, as such pictures are
+
+    Image.new("RGB", (203, 200), "white").save(room / "pose.png")  # of nearly the same shape
+    pose = infer.read_inputs(args, canvas, mask, model.cfg, None, [])["pose"][0]
+    assert torch.all(pose[:, 7] == -1) and torch.all(pose[:, 8] == 1)
+
+
 def test_a_sketch_drawn_dark_on_white_is_inverted_and_the_user_told(
     room: Path, capsys: pytest.CaptureFixture
 ):

@@ -28,16 +28,12 @@ from weights.vit import VIT
 HERE = Path(__file__).parent
 FOLDERS = {"tiny": HERE / "tiny", "full": HERE / "files"}
 LEARNED = {"tiny": "model.safetensors", "full": "unifashion/model.safetensors"}
-PUBLIC_PARTS = {
-    "tiny": ("vit", "vae"),
-    "full": ("vit", "vae", "qformer"),
-}  # each has its own file; see also TRYON
+# Those that have a file of their own; FULL's U-Net, garment encoder and null context are in TRYON.
+PUBLIC_PARTS = {"tiny": ("vit", "vae"), "full": ("vit", "vae", "qformer")}
 
 EVA, BLIP2, VOCAB = "eva_vit_g.pth", "blip2_pretrained.pth", "bert_vocab.txt"
-TRYON = (
-    "VITONHD_PBE_pose.ckpt",
-    "VITONHD.ckpt",
-)  # the first that is there: the one that was made to start from
+# The first that is there: PBE_pose is what StableVITON's own training started from.
+TRYON = ("VITONHD_PBE_pose.ckpt", "VITONHD.ckpt")
 TRYON_VAE = "VITONHD_VAE_finetuning.ckpt"  # without it, the VAE inside TRYON
 VAE_INSIDE: Table = {
     row: ours.removeprefix("vae.") if ours and ours.startswith("vae.") else None

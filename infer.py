@@ -201,9 +201,10 @@ def draw(model: UniFashion, inputs: dict[str, Tensor], args: argparse.Namespace)
     )
     conditions = [x.expand(args.num, *x.shape[1:]) for x in encode(model, inputs)]
     latents = model.sample(noise.to(model.device), *conditions, args.steps, args.sampler, args.guidance)
-    for latent in tqdm(latents, total=args.steps, desc="sampling", unit="step", disable=args.quiet):
-        if not latent.isfinite().all():
-            raise UserError("the numbers overflow: --guidance is too high, or a file of weights is damaged")
+    # The last latent is all we need; to look at one in between would wait for the device at every step.
+    *_, latent = tqdm(latents, total=args.steps, desc="sampling", unit="step", disable=args.quiet)
+    if not latent.isfinite().all():
+        raise UserError("the numbers overflow: --guidance is too high, or a file of weights is damaged")
     # One at a time: at full size the decoder needs more memory than the sampler.
     return [model.vae.decode(z[None].to(model.null_context.dtype))[0].float().cpu() for z in latent]
 

@@ -79,6 +79,8 @@ def common_arguments(parser: argparse.ArgumentParser, defaults: dict[str, dict])
 
 
 def check_arguments(args: argparse.Namespace, stages: list[str], flag: str) -> None:
+    if args.steps and args.epochs:
+        raise UserError("give --steps or --epochs, not both")
     per_stage = {
         "--steps": args.steps,
         "--epochs": args.epochs,
@@ -92,8 +94,6 @@ def check_arguments(args: argparse.Namespace, stages: list[str], flag: str) -> N
             raise UserError(
                 f"{name} means something else in each of {', '.join(stages)}: name one with {flag}"
             )
-    if args.steps and args.epochs:
-        raise UserError("give --steps or --epochs, not both")
     if args.accumulate < 1 or args.eval_every < 1:
         raise UserError("--accumulate and --eval-every must be at least 1")
 

@@ -56,7 +56,7 @@ def tryon(args: argparse.Namespace) -> None:
     person = preprocess.read_image(args.person)
     mask, mask_source = read_mask(args, person.size, notes)
     canvas, box = preprocess.pad_to_ratio(person, cfg.picture[1] / cfg.picture[0])
-    inputs = read_inputs(args, canvas, mask, cfg, tokenizer(args.preset, args.weights), notes)
+    inputs = read_inputs(args, person, mask, cfg, tokenizer(args.preset, args.weights), notes)
 
     training.fast_malloc()
     torch.backends.cudnn.deterministic = True  # same seed, same machine: same bytes
@@ -128,24 +128,18 @@ def read_mask(args: argparse.Namespace, size: tuple[int, int], notes: list[str])
 
 def read_inputs(
     args: argparse.Namespace,
-    canvas: Image.Image,
+    person: Image.Image,
     mask: Image.Image,
     cfg: UniFashionConfig,
     words: WordPiece,
     notes: list[str],
 ) -> dict[str, Tensor]:
-    """
-    What train_phase2.py's `Scenes` makes of a sample, for the one condition that is asked for.
-
-    canvas: the person, padded to the network's aspect ratio; mask: not padded. -> person, hint, pose (1,3,y,x) in [-1,1],
-    keep (1,1,y,x), picture (1,3,224,224) for the Q-Former, ids and mask (1,t); pose, ids and mask only if given.
-    """
+    """`person_tensors` and `garment_tensors` of what is asked for, and of a text ids and mask (t,): a batch of one."""
     from PIL import ImageOps, ImageStat
 
-    from unifashion.preprocess import keep_mask, pad_to_ratio, qformer_image, read_image, unet_image
+    from unifashion.preprocess import read_image
+    from unifashion.tryon import garment_tensors, person_tensors
 
-    size, ratio = cfg.picture, cfg.picture[1] / cfg.picture[0]
-    fill = 255 if args.cloth else 0  # white around a photo, black around a sketch
     garment = read_image(args.cloth or args.sketch)
     if args.sketch:
         garment = garment.convert("L")
@@ -155,18 +149,14 @@ def read_inputs(
                 f"{args.sketch} is dark on white: inverted, since the model knows sketches bright on black"
             )
         garment = garment.convert("RGB")
-    inputs = {
-        "person": unet_image(canvas, size),
-        "keep": keep_mask(pad_to_ratio(mask, ratio, fill=0)[0], size),
-        "hint": unet_image(pad_to_ratio(garment, ratio, fill)[0], size),
-        "picture": qformer_image(garment, cfg.vit.image_size[0], fill=fill),
-    }
+    pose = None
     if args.pose:
         pose = read_image(args.pose, background="black")
         if abs(pose.width * mask.height / (pose.height * mask.width) - 1) > 0.02:  # as masks
             sizes = f"{pose.width}x{pose.height} does not fit a person of {mask.width}x{mask.height}"
             raise UserError(f"{args.pose}: a pose of {sizes}")
-        inputs["pose"] = unet_image(pad_to_ratio(pose.resize(mask.size), ratio, fill=0)[0], size)
+        pose = pose.resize(mask.size)
+    inputs = person_tensors(person, mask, pose, cfg) | garment_tensors(garment, args.sketch is not None, cfg)
     inputs = {name: x[None] for name, x in inputs.items()}
     if args.text:
         if words.is_cut(args.text, cfg.qformer.max_text):
@@ -177,15 +167,12 @@ def read_inputs(
 
 def encode(model: UniFashion, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """-> scene (1,9,y,x), context (1,32,768) and hint (1,4,y,x), as train_phase2.py's `encode_tryon` makes them."""
-    from unifashion.preprocess import latent_mask
-
     dtype = model.null_context.dtype
     x = {k: v.to(model.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
-    agnostic = model.vae.encode(x["person"] * x["keep"])  # the hole is 0: grey
-    keep = latent_mask(x["keep"][0], model.cfg.vae.factor)[None]
     pose = model.vae.encode(x["pose"]) if "pose" in x else None
+    scene = model.scene(model.vae.encode(x["agnostic"]), x["keep"], pose)
     context = model.context(model.see(x["picture"]), x.get("ids"), x.get("mask"))
-    return model.scene(agnostic, keep, pose), context, model.vae.encode(x["hint"])
+    return scene, context, model.vae.encode(x["hint"])
 
 
 def draw(model: UniFashion, inputs: dict[str, Tensor], args: argparse.Namespace) -> list[Tensor]:

@@ -21,8 +21,9 @@ from unifashion import diffusion, training
 from unifashion.data.mgd import MGD
 from unifashion.data.vitonhd import VITONHD
 from unifashion.model import UniFashion
-from unifashion.preprocess import keep_mask, latent_mask, qformer_image, unet_image
+from unifashion.preprocess import unet_image
 from unifashion.tokenizers import WordPiece
+from unifashion.tryon import garment_tensors, person_tensors
 from weights.load import load_public, tokenizer
 
 TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
@@ -56,20 +57,17 @@ class Scenes(Dataset):
         return [cloth for part in self.data.datasets for _, cloth in pairs_of(part)]
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        item, size = self.data[i], self.cfg.picture
+        item = self.data[i]
         sketched = "sketch" in item
-        sketch = item["sketch"].convert("RGB") if sketched else item["cloth"]
+        cloth = garment_tensors(item["cloth"], False, self.cfg)
+        sketch = garment_tensors(item["sketch"].convert("RGB"), True, self.cfg) if sketched else cloth
         ids, mask = self.words.encode([item.get("text", "")], self.cfg.qformer.max_text)
         odds = list(CONDITIONS.values()) if sketched else [1.0, 0.0, 0.0, 0.0]
-        square = self.cfg.vit.image_size[0]
         return {
-            "person": unet_image(item["person"], size),
-            "keep": keep_mask(item["mask"], size),
-            "pose": unet_image(item["pose"], size),
-            "hints": torch.stack([unet_image(item["cloth"], size), unet_image(sketch, size)]),
-            "pictures": torch.stack(
-                [qformer_image(item["cloth"], square), qformer_image(sketch, square, fill=0)]
-            ),
+            "person": unet_image(item["person"], self.cfg.picture),
+            **person_tensors(item["person"], item["mask"], item["pose"], self.cfg),
+            "hints": torch.stack([cloth["hint"], sketch["hint"]]),
+            "pictures": torch.stack([cloth["picture"], sketch["picture"]]),
             "ids": ids[0],
             "mask": mask[0],
             "odds": torch.tensor(odds),
@@ -87,12 +85,11 @@ def encode_tryon(model: UniFashion, batch: dict[str, Tensor]) -> dict[str, Tenso
         for seen, t in ((cloth, {}), (cloth, texts), (sketch, texts), (sketch, {}))
     ]
     cloth, sketch = (model.vae.encode(h) for h in batch["hints"].unbind(1))
-    keep = torch.stack([latent_mask(k, model.cfg.vae.factor) for k in batch["keep"]])
     return {
         "mean": mean,
         "logvar": logvar,
-        "agnostic": model.vae.encode(batch["person"] * batch["keep"]),  # the hole is 0: grey
-        "keep": keep,
+        "agnostic": model.vae.encode(batch["agnostic"]),
+        "keep": batch["keep"],
         "pose": model.vae.encode(batch["pose"]),
         "z": torch.stack(z, dim=1),
         "hints": torch.stack([cloth, cloth, sketch, sketch], dim=1),

@@ -24,7 +24,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -45,16 +45,9 @@ from unifashion.data import toy
 from unifashion.data.mgd import MGD
 from unifashion.diffusion import SAMPLERS
 from unifashion.model import UniFashion
-from unifashion.preprocess import (
-    check_png_path,
-    keep_mask,
-    latent_mask,
-    paste,
-    qformer_image,
-    to_uint8,
-    unet_image,
-)
+from unifashion.preprocess import check_png_path, paste, to_uint8, unet_image
 from unifashion.tokenizers import WordPiece
+from unifashion.tryon import garment_tensors, person_tensors
 from weights.load import load_unifashion, tokenizer
 
 CONDITIONS = ("cloth", "sketch+text")
@@ -128,23 +121,24 @@ def try_on(
     seed        the noise is a function of (seed, i): the same for all conditions, settings and batch sizes
     """
 
-    def stack(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.stack(list(tensors)).to(model.null_context)  # its device and dtype
+    def stack(tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        rows = torch.utils.data.default_collate(tensors)
+        return {k: v.to(model.null_context) for k, v in rows.items()}  # its device and dtype
 
     cfg, people, clothes = model.cfg, [cases.data[i] for i in indices], [cases.data[of[i]] for i in indices]
-    masks = [keep_mask(p["mask"], cfg.picture) for p in people]
-    person, pose = (stack(unet_image(p[k], cfg.picture) for p in people) for k in ("person", "pose"))
-    holes = stack(latent_mask(keep, cfg.vae.factor) for keep in masks)
-    scene = model.scene(model.vae.encode(person * stack(masks)), holes, model.vae.encode(pose))
+    person = stack([person_tensors(p["person"], p["mask"], p["pose"], cfg) for p in people])
+    scene = model.scene(
+        model.vae.encode(person["agnostic"]), person["keep"], model.vae.encode(person["pose"])
+    )
     if condition is None:
         context, hint = model.null_context.expand(len(people), -1, -1), None
     else:
         drawn = condition == "sketch+text"
         pictures = [c["sketch"].convert("RGB") if drawn else c["cloth"] for c in clothes]
-        square = (qformer_image(p, cfg.vit.image_size[0], fill=0 if drawn else 255) for p in pictures)
+        garment = stack([garment_tensors(p, drawn, cfg) for p in pictures])
         texts = words.encode([c["text"] for c in clothes], cfg.qformer.max_text) if drawn else ()
-        context = model.context(model.see(stack(square)), *(t.to(model.device) for t in texts))
-        hint = model.vae.encode(stack(unet_image(p, cfg.picture) for p in pictures))
+        context = model.context(model.see(garment["picture"]), *(t.to(model.device) for t in texts))
+        hint = model.vae.encode(garment["hint"])
     shape, dice = (cfg.vae.latent_channels, *cfg.latent), [training.seeded("eval", seed, i) for i in indices]
     noise = torch.stack([torch.randn(shape, generator=d) for d in dice]).to(model.device)
     guidance = 1.0 if condition is None else s.guidance  # between twice the same, guidance is nothing

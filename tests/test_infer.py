@@ -18,6 +18,7 @@ from unifashion.config import PRESETS, TINY
 from unifashion.diffusion import SAMPLERS
 from unifashion.model import UniFashion
 from unifashion.preprocess import CLIP_MEAN, CLIP_STD, read_image
+from unifashion.tryon import person_tensors
 from weights import load
 
 # What is promised about the picture
@@ -38,13 +39,14 @@ def test_only_what_the_mask_shows_white_is_repainted_at_the_persons_own_size(
 def test_what_is_drawn_lies_where_it_belongs_whatever_the_aspect_ratio(
     room: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """With a network that gives its input back, the result is the person again, blurred by the smaller size."""
-    monkeypatch.setattr(infer, "draw", lambda model, inputs, args: list(inputs["person"]))
+    """With a network that draws the pose that it is given, and the person for a pose, the result is the person again, blurred by the smaller size."""
+    monkeypatch.setattr(infer, "draw", lambda model, inputs, args: list(inputs["pose"]))
     for size in [(90, 120), (240, 100), (100, 300)]:
         person = Image.linear_gradient("L").resize(size).convert("RGB")
         ImageDraw.Draw(person).rectangle((0, 0, size[0] // 2, size[1]), fill="red")
         person.save(room / "p.png")
-        assert tryon(room, "--person", "p.png", "--box", f"2,2,{size[0] - 2},{size[1] - 2}") == 0
+        box = f"2,2,{size[0] - 2},{size[1] - 2}"
+        assert tryon(room, "--person", "p.png", "--pose", "p.png", "--box", box) == 0
         away = np.abs(pixels(room / "out.png").astype(int) - np.array(person))
         assert away.mean() < 4, size  # flipped or shifted by a tenth, it is 10 and more
 
@@ -108,6 +110,19 @@ def test_a_mask_of_another_size_is_brought_to_the_persons(room: Path):
 # What is promised about the way to it
 
 
+@pytest.mark.parametrize("size", [(96, 128), (70, 90), (200, 120), (401, 701)], ids=str)
+def test_nothing_under_the_mask_reaches_the_network(size: tuple[int, int]):
+    """Not even from its edge, where resizing mixes pixels."""
+    person, mask = Image.effect_noise(size, 90).convert("RGB"), Image.new("L", size)
+    ImageDraw.Draw(mask).ellipse((20, 15, 55, 77), fill=255)
+    other = Image.composite(Image.new("RGB", size, "red"), person, mask)
+    given, same = (person_tensors(p, mask, None, TINY) for p in (person, other))
+    assert given.keys() == {"agnostic", "keep"} and all(torch.equal(given[k], same[k]) for k in given)
+    beside = other.copy()
+    beside.putpixel((0, 0), (255, 0, 255))
+    assert not torch.equal(person_tensors(beside, mask, None, TINY)["agnostic"], given["agnostic"])
+
+
 @pytest.mark.parametrize("condition", train_phase2.CONDITIONS)
 @pytest.mark.parametrize("posed", [True, False], ids=["pose", "no pose"])
 def test_the_network_reads_what_it_read_in_training(
@@ -159,16 +174,16 @@ def test_what_is_padded_is_kept_and_has_no_pose(room: Path, model: UniFashion):
     clear.paste((0, 200, 0, 255), (30, 30, 60, 60))
     clear.save(room / "pose.png")
     args = infer.parse(["tryon", "--person", "p", "--cloth", "cloth.png", "--out", "o", "--pose", "pose.png"])
-    canvas = ImageOps.pad(person, (48, 64))
-    inputs = infer.read_inputs(args, canvas, mask, model.cfg, None, [])
-    for rows in (slice(0, 7), slice(57, 64)):  # 8 rows were padded on either side
-        assert torch.all(inputs["keep"][0, :, rows] == 1)
-        assert torch.all(inputs["pose"][0, :, rows] == -1)
-    assert inputs["keep"][0, 0, 32, 24] == 0 and inputs["pose"][0, 1, 30, 22] > 0.5
+    inputs = infer.read_inputs(args, person, mask, model.cfg, None, [])
+    for end in (0, -1):  # 8 rows were padded on either side, 2 of the latent's
+        assert torch.all(inputs["keep"][0, :, end] == 1)
+        assert torch.all(inputs["agnostic"][0, :, 7 * end] == 1)
+        assert torch.all(inputs["pose"][0, :, 7 * end] == -1)
+    assert inputs["keep"][0, 0, 8, 6] == 0 and inputs["pose"][0, 1, 30, 22] > 0.5
     assert torch.all(inputs["pose"][0, :, 10:14] == -1)  # transparent is black, as such pictures are
 
     Image.new("RGB", (203, 200), "white").save(room / "pose.png")  # of nearly the same shape
-    pose = infer.read_inputs(args, canvas, mask, model.cfg, None, [])["pose"][0]
+    pose = infer.read_inputs(args, person, mask, model.cfg, None, [])["pose"][0]
     assert torch.all(pose[:, 7] == -1) and torch.all(pose[:, 8] == 1)
 
 

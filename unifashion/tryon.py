@@ -1,0 +1,50 @@
+"""What a try-on starts from: pictures -> tensors. Training, `infer.py` and `eval` all make them here, so they are the same."""
+
+from PIL import Image
+from torch import Tensor
+
+from unifashion.config import UniFashionConfig
+from unifashion.preprocess import keep_mask, latent_mask, pad_to_ratio, qformer_image, unet_image
+
+GREY = (128, 128, 128)  # of the hole, as in VITON-HD's agnostic pictures
+
+
+def person_tensors(
+    person: Image.Image, mask: Image.Image, pose: Image.Image | None, cfg: UniFashionConfig
+) -> dict[str, Tensor]:
+    """
+    What is known of the person (FULL sizes). Pictures of other shapes than 3:4 are padded, and the padding is kept.
+
+    person, pose  RGB; mask  L, 255 = repaint; all of one size
+    -> agnostic   (3,512,384) in [-1,1], the person with a grey hole
+       keep       (1,64,48) in [0,1], 1 = keep, 0 = repaint
+       pose       (3,512,384) in [-1,1], the densepose picture; only if given
+    """
+    size, ratio = cfg.picture, cfg.picture[1] / cfg.picture[0]
+    # The hole is cut before anything is resized: afterwards its edge would show the garment that was worn.
+    agnostic = Image.composite(
+        Image.new("RGB", person.size, GREY), person, mask.point(lambda x: 255 * (x >= 128))
+    )
+    keep = keep_mask(pad_to_ratio(mask, ratio, fill=0)[0], size)
+    tensors = {
+        "agnostic": unet_image(pad_to_ratio(agnostic, ratio)[0], size),
+        "keep": latent_mask(keep, cfg.vae.factor),
+    }
+    if pose is not None:
+        tensors["pose"] = unet_image(pad_to_ratio(pose, ratio, fill=0)[0], size)
+    return tensors
+
+
+def garment_tensors(garment: Image.Image, drawn: bool, cfg: UniFashionConfig) -> dict[str, Tensor]:
+    """
+    One garment as the garment encoder and as the Q-Former see it: whole, padded with the white around a photo, or with the
+    black around a drawing (a sketch, bright lines on black).
+
+    garment RGB -> hint (3,512,384) in [-1,1], picture (3,224,224) with CLIP's mean and deviation
+    """
+    fill = 0 if drawn else 255
+    padded, _ = pad_to_ratio(garment, cfg.picture[1] / cfg.picture[0], fill)
+    return {
+        "hint": unet_image(padded, cfg.picture),
+        "picture": qformer_image(garment, cfg.vit.image_size[0], fill=fill),
+    }

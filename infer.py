@@ -100,14 +100,8 @@ def result_paths(args: argparse.Namespace) -> list[Path]:
     outs = [args.out, *(args.out.with_stem(f"{args.out.stem}-{i}") for i in range(1, args.num))]
     inputs = (args.person, args.cloth, args.sketch, args.mask, args.pose)
     for out in outs:
-        try:
-            check_png_path(out)
-            overwritten = out.exists() and any(
-                path and path.exists() and out.samefile(path) for path in inputs
-            )
-        except OSError as error:  # a name that is too long
-            raise UserError(f"{error.filename}: {error.strerror}") from None
-        if overwritten:
+        check_png_path(out)
+        if out.exists() and any(path and path.exists() and out.samefile(path) for path in inputs):
             raise UserError(f"{out} is an input and would be overwritten: give --out another name")
     return outs
 

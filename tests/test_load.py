@@ -206,13 +206,18 @@ def test_a_model_of_another_preset_or_half_trained_is_refused_by_name(source: Un
 
 
 def test_a_vocabulary_must_fit_the_model(folder: Path):
-    assert len(tokenizer("full", folder)) <= SMALL.qformer.vocab_size
-    with open(folder / "bert_vocab.txt", "a") as file:
-        file.write("".join(f"word{i}\n" for i in range(200)))
-    with pytest.raises(
-        UserError, match=r"bert_vocab.txt does not fit the preset full: \d+ pieces, 200 in the model$"
-    ):
-        tokenizer("full", folder)
+    path, rows = folder / "bert_vocab.txt", SMALL.qformer.vocab_size
+    pieces = path.read_text().split()
+    pieces += [f"word{i}" for i in range(rows)]
+    for count in (rows - 2, rows - 1, rows):  # without [DEC], which is always added
+        path.write_text("\n".join(pieces[:count]) + "\n")
+        if count == rows - 1:
+            assert len(tokenizer("full", folder)) == rows
+            continue
+        with pytest.raises(
+            UserError, match=rf"bert_vocab.txt does not fit the preset full: {count + 1} pieces, 200 in"
+        ):
+            tokenizer("full", folder)
 
 
 def test_a_preset_or_folder_that_does_not_exist_is_one_line(tmp_path: Path):

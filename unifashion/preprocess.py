@@ -257,6 +257,12 @@ def paste(person: np.ndarray, generated: np.ndarray, mask: np.ndarray) -> np.nda
 def check_png_path(path: str | Path) -> None:
     """Raise UserError unless a PNG can be written at `path`: worth asking before minutes of sampling."""
     path = Path(path)
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{path}: {error.strerror}") from None
     if path.suffix.lower() != ".png":
         raise UserError(f"{path}: pictures are written as PNG, give a name that ends in .png")
     if path.is_dir():

@@ -85,7 +85,8 @@ def tokenizer(preset: str, folder: Path | None = None) -> WordPiece:
     """The Q-Former's tokenizer. Raises UserError if its vocabulary is missing, damaged, or too large for the preset."""
     path = wanted(preset, folder_of(preset, folder), VOCAB)
     words, rows = WordPiece(path), PRESETS[preset].qformer.vocab_size
-    if len(words) > rows:
+    # A vocabulary that is cut short would number [DEC] wrongly. TINY has rows to spare, for words of later texts.
+    if len(words) > rows or (preset == "full" and len(words) < rows):
         raise UserError(f"{path} does not fit the preset {preset}: {len(words)} pieces, {rows} in the model")
     return words
 

@@ -14,6 +14,7 @@ file must match exactly one row, every row must match a name, no two names may b
 what the module has, name for name and shape for shape.
 """
 
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -151,8 +152,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     the names in INERT only: anything else is refused before it runs. UserError, in one line that names the file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: {'is not a file' if os.path.exists(path) else 'no such file'}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -223,6 +223,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
             with training.averaged(ema):
                 val = evaluate()
             training.log_line(out, step=step, val=val)
+            training.draw_curves([out], out / "losses.png")
             better, state["best"] = val < state["best"], min(val, state["best"])
             for folder in ("last", "best") if better else ("last",):
                 training.save_checkpoint(out / folder, model, modules, optimizer, parameters, ema, state)

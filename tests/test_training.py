@@ -5,8 +5,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_phase1
@@ -259,3 +261,21 @@ def place(made: Path, tmp_path: Path) -> Iterator[Path]:
         (tmp_path / name).symlink_to(made / name)
     yield tmp_path
     shutil.rmtree(tmp_path)
+
+
+def test_curves_show_each_loss_where_it_was(tmp_path):
+    run = tmp_path / "align"
+    run.mkdir()
+    for step in range(0, 100, 2):
+        training.log_line(run, step=step, itc=8.0 - step / 13, lr=1e-3, norms=[1.0], seconds=3.0)
+    training.log_line(run, step=98, val=4.0)
+    training.draw_curves([run, run], tmp_path / "losses.png")
+    with Image.open(tmp_path / "losses.png") as image:
+        panel = np.asarray(image.convert("RGB").crop((0, 0, image.width // 2, image.height))).astype(int)
+        assert np.array_equal(panel, np.asarray(image.convert("RGB"))[:, image.width // 2 :])
+    ys, xs = np.nonzero(panel[40:, :, 2] - panel[40:, :, 0] > 100)  # itc is blue, and falls
+    assert np.corrcoef(xs, ys)[0, 1] > 0.99 and np.ptp(xs) > 300 and np.ptp(ys) > 150
+    ys, xs = np.nonzero(
+        panel[40:, :, 0] - panel[40:, :, 2] > 100
+    )  # val is red, one dot, half way up at the end
+    assert np.ptp(xs) < 8 and abs(xs.mean() - 425) < 4 and abs(ys.mean() - 115) < 15

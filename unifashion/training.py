@@ -3,6 +3,7 @@
     RUN/config.json     what was asked
     RUN/metrics.jsonl   one line a log step
     RUN/samples/        pictures
+    RUN/losses.png      the curves of metrics.jsonl
     RUN/last/, best/    model.safetensors      everything learned so far, under our module names; EMA where there is one
                         optimizer.safetensors  AdamW's moments, and the raw weights of what has an EMA
                         state.json             step, best loss, git commit
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -154,6 +155,46 @@ def save_sheet(rows: list[Tensor], path: Path) -> None:
     sheet = torch.cat([torch.cat(list(row.float().cpu()), dim=2) for row in rows], dim=1)
     pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
     Image.fromarray(np.ascontiguousarray(pixels.numpy())).save(path)
+
+
+def draw_curves(runs: list[Path], path: Path) -> None:
+    """metrics.jsonl of `runs` -> one PNG, a panel each: every loss over the steps as a running mean, `val` as dots."""
+    logs = [[json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    panels = [_panel(run.name, log) for run, log in zip(runs, logs, strict=True)]
+    sheet = Image.new("RGB", (sum(p.width for p in panels), panels[0].height))
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, (i * panel.width, 0))
+    sheet.save(path)
+
+
+def _panel(name: str, log: list[dict], size: tuple[int, int] = (880, 560)) -> Image.Image:
+    image = Image.new("RGB", size, "white")  # twice the size that it is shown in: smooth lines
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
+    left, top, right, bottom = 90, 60, size[0] - 30, size[1] - 50
+    no_loss = ("step", "lr", "norms", "seconds")
+    curves = {
+        k: {row["step"]: row[k] for row in log if k in row} for row in log for k in row if k not in no_loss
+    }
+    last = max(max(curve) for curve in curves.values())
+    high = 1.1 * max(np.percentile(list(curve.values()), 98) for curve in curves.values())
+    at = lambda x, y: (left + (right - left) * x / max(1, last), bottom - (bottom - top) * min(y / high, 1))  # noqa: E731
+    draw.rectangle((left, top, right, bottom), outline="grey")
+    draw.text((left, 15), name, "black", font)
+    draw.text((right, bottom + 10), str(last), "black", font, anchor="ra")
+    for y in (0, high / 2, high):
+        draw.text((left - 10, at(0, y)[1]), f"{y:.2g}", "black", font, anchor="rm")
+    for i, (k, curve) in enumerate(curves.items()):
+        colour, mean, smooth = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")[i % 4], None, []
+        for x, y in sorted(curve.items()):
+            mean = y if mean is None else mean + (y - mean) / 5
+            smooth.append(at(x, mean))
+            if k == "val":
+                px, py = at(x, y)
+                draw.ellipse((px - 5, py - 5, px + 5, py + 5), fill=colour)
+        if k != "val":
+            draw.line(smooth, colour, 3)
+        draw.text((right - 10 - 150 * i, 15), k, colour, font, anchor="ra")
+    return image.resize((size[0] // 2, size[1] // 2), Image.Resampling.LANCZOS)
 
 
 def seeded(*key: int | str) -> torch.Generator:

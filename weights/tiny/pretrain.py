@@ -1,7 +1,7 @@
 """Train the stand-ins for what FULL downloads: the VAE, the ViT, and the Q-Former's vocabulary, all on ToyFashion.
 
     python -m weights.tiny.pretrain vocab|vae|vit --data data/toy --out runs/vae
-    python -m weights.tiny.pretrain ship --init runs/tryon      the best of a run -> weights/tiny/model.safetensors
+    python -m weights.tiny.pretrain ship --init runs/tryon      the best of a run -> weights/tiny/model.safetensors, losses.png
 
 The VAE learns to give pictures back: |x - x'| + 5 (x - x')^2 + |grad x - grad x'| + KL. The ViT, which stands in for EVA-CLIP, learns to
 name a garment's attributes from its photograph (several views) and its shape from its sketch; its heads are thrown away.
@@ -158,6 +158,7 @@ def train(
             bar.set_postfix(shown)
             training.log_line(out, step=step, **shown)
         if state["step"] % args.eval_every == 0 or done:
+            training.draw_curves([out], out / "losses.png")
             training.save_checkpoint(out / "last", model, modules, optimizer, parameters, None, state)
         if stop.asked:
             return
@@ -215,8 +216,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     training.fast_malloc()
     if args.part == "ship":
-        best = args.init / "best" / "model.safetensors"
-        return save_half(load_file(best), HERE / "model.safetensors")
+        stages = [args.init.with_name(name) for name in ("vae", "vit", "align", "generate", "tryon")]
+        training.draw_curves([run for run in stages if run.is_dir()], HERE / "losses.png")
+        return save_half(load_file(args.init / "best" / "model.safetensors"), HERE / "model.safetensors")
     root = training.toy_folder(args.data)
     if args.part == "vocab":
         return write_vocab(root)

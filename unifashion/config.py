@@ -61,7 +61,7 @@ TINY = UniFashionConfig(
         embed_dim=64,
         dropout=0.0,
     ),
-    vae=VAEConfig(channels=32, channel_mult=(1, 1, 2), res_blocks=1, groups=8, scale=0.6756),
+    vae=VAEConfig(channels=32, channel_mult=(1, 1, 2), res_blocks=1, groups=8, scale=0.65714),
     unet=UNetConfig(
         channels=32,
         channel_mult=(1, 2, 2, 2),

@@ -7,6 +7,7 @@ python train_phase1.py --data toy --preset tiny --stage align --out runs/align
 """
 
 import argparse
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +17,12 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
-from unifashion import diffusion, losses, training
+from unifashion import UserError, diffusion, losses, runs, training
 from unifashion.data.fashion200k import Fashion200K
 from unifashion.model import UniFashion
-from unifashion.preprocess import qformer_image, unet_image
-from unifashion.tokenizers import WordPiece
+from unifashion.preprocess import qformer_image
+from unifashion.tokenizers import WordPiece, blip_caption
+from unifashion.tryon import unet_picture
 from weights.load import load_public, tokenizer
 
 TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
@@ -61,10 +63,10 @@ class Pairs(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         item = self.data[i]
-        ids, mask = self.words.encode([item["text"]], self.cfg.qformer.max_text)
+        ids, mask = self.words.encode([blip_caption(item["text"])], self.cfg.qformer.max_text)
         return {
             "picture": qformer_image(item["image"], self.cfg.vit.image_size[0]),
-            "x0": unet_image(item["image"], self.cfg.picture),
+            "x0": unet_picture(item["image"], self.cfg),
             "ids": ids[0],
             "mask": mask[0],
             "product": torch.tensor(zlib.crc32(item["product"].encode())),
@@ -113,7 +115,7 @@ def generate_losses(
 ) -> dict[str, Tensor]:
     b, shape = len(batch["z"]), batch["mean"].shape[1:]
     dice = training.seeded("generate", seed, step)
-    draw = lambda *size: torch.randn(*size, generator=dice).to(batch["mean"])  # noqa: E731
+    draw = lambda *size: torch.randn(*size, generator=dice).to(batch["mean"].device)  # noqa: E731
     x0 = (batch["mean"] + torch.exp(0.5 * batch["logvar"]) * draw(b, *shape)) * model.cfg.vae.scale
     t = torch.randint(0, diffusion.TIMESTEPS, (b,), generator=dice).to(x0.device)
     keep = (torch.rand(b, generator=dice) >= 0.2).to(x0.device)
@@ -136,15 +138,17 @@ def open_data(names: list[str]) -> Dataset:
     return ConcatDataset(parts)
 
 
-def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) -> None:
+def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, resume: bool) -> bool:
+    """-> whether it came to its end: False after Ctrl-C."""
     knobs = {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in DEFAULTS[stage].items()}
     encode, loss_of = STAGES[stage]
     device, stop = training.pick_device(args.device), training.Stop()
+    runs.check_out(out, resume)
     torch.manual_seed(args.seed)  # what no file holds starts random
-    model = load_public(args.preset, args.weights, device).train()
-    modules = training.load_learned(model, training.model_file(init)) if init else []
+    model = load_public(args.preset, args.weights, device)
+    modules = runs.load_learned(model, runs.model_file(init)) if init else []
     parameters = training.set_trainable(model, TRAINABLE[stage])
-    modules = sorted({*modules, *(name.split(".")[0] for name in parameters)})
+    training.train_mode(model, parameters)
     # A temperature that follows a large learning rate sharpens ITC until ITM's gradient is lost beside it.
     slow = [p for name, p in parameters.items() if name == "qformer.temp"]
     rest = [p for name, p in parameters.items() if name != "qformer.temp"]
@@ -157,15 +161,14 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
     pairs = Pairs(open_data(args.data), model, tokenizer(args.preset, args.weights))
     train_set, val_set = (Subset(pairs, part) for part in training.held_out(pairs.products()))
     size, accumulate = knobs["batch_size"], args.accumulate
-    steps = (
-        args.steps
-        or (args.epochs or knobs["epochs"] or 0) * len(train_set) // (size * accumulate)
-        or knobs["steps"]
-    )
-    training.start_run(out, {**vars(args), **knobs, "stage": stage, "steps": steps}, args.resume)
-    state = {"step": 0, "best": float("inf")}
-    if args.resume:
-        state |= training.load_checkpoint(out / "last", model, optimizer, parameters, ema)
+    if stage == "align" and size < 2:
+        raise UserError("--batch-size is 1: align finds a picture's wrong texts in its batch, 2 at least")
+    steps = training.planned_steps(args, knobs, len(train_set))
+    runs.start_run(out, {**vars(args), **knobs, "stage": stage, "steps": steps}, resume)
+    state = {"step": 0, "best": float("inf"), "modules": modules}
+    if resume:
+        state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, ema)
+    modules = sorted({*state["modules"], *(name.split(".")[0] for name in parameters)})
 
     def feed(data: Dataset, order: Iterator[list[int]], cache: bool) -> Iterator[dict[str, Tensor]]:
         to_device = lambda batch: {k: v.to(device) for k, v in batch.items()}  # noqa: E731
@@ -184,7 +187,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
             draw_samples(
                 model, next(feed(val_set, eight, False)), out / "samples" / f"{state['step']:06}.png"
             )
-        model.train()
+        training.train_mode(model, parameters)
         return float(torch.stack(values).mean())
 
     order = training.batch_order(
@@ -192,14 +195,16 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
     )
     stream = feed(train_set, order, args.cache)
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=stage, mininterval=1)
+    clock, logged = time.perf_counter(), state["step"]
     for step in bar:
         rate = training.cosine(step, steps, warmup=max(1, steps // 20)) if stage == "align" else 1.0
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        torch.manual_seed(args.seed + step)  # dropout, too, depends on the step alone
-        for micro in range(accumulate):
+        for micro in range(step * accumulate, (step + 1) * accumulate):
             with training.autocast(device, args.dtype):
-                parts = loss_of(model, next(stream), args.seed, step * accumulate + micro, step / steps)
+                batch = next(stream)
+                torch.manual_seed(args.seed + micro)  # dropout, too, depends on the step alone
+                parts = loss_of(model, batch, args.seed, micro, step / steps)
             norms = training.backward_apart(parts, list(parameters.values()), 1 / accumulate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -210,8 +215,9 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
         if step % 20 == 0 or done:
             shown = {name: round(float(value.detach()), 4) for name, value in parts.items()}
             bar.set_postfix(shown)
-            seconds = round(bar.format_dict["elapsed"], 1)
-            training.log_line(
+            seconds = round((time.perf_counter() - clock) / (step + 1 - logged), 3)
+            clock, logged = time.perf_counter(), step + 1
+            runs.log_line(
                 out,
                 step=step,
                 **shown,
@@ -222,13 +228,17 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path) ->
         if state["step"] % args.eval_every == 0 or done:
             with training.averaged(ema):
                 val = evaluate()
-            training.log_line(out, step=step, val=val)
-            training.draw_curves([out], out / "losses.png")
-            better, state["best"] = val < state["best"], min(val, state["best"])
-            for folder in ("last", "best") if better else ("last",):
-                training.save_checkpoint(out / folder, model, modules, optimizer, parameters, ema, state)
-        if stop.asked:
+            runs.log_line(out, step=step, val=val)
+            better = val < state["best"]
+            if better:
+                state["best"] = val
+            # `best` first: killed between the two, the run makes it again
+            for folder in ("best", "last") if better else ("last",):
+                runs.save_checkpoint(out / folder, model, modules, optimizer, parameters, ema, state)
+            runs.draw_curves([out], out / "losses.png")
+        if done:
             break
+    return not stop.asked
 
 
 @torch.no_grad()
@@ -240,7 +250,7 @@ def draw_samples(model: UniFashion, batch: dict[str, Tensor], path: Path) -> Non
     *_, latent = model.sample(
         noise, model.blank_scene(len(noise)), context, steps=10, sampler="dpm++", guidance=model.cfg.guidance
     )
-    training.save_sheet([model.vae.decode(batch["mean"] * scale), model.vae.decode(latent)], path)
+    runs.save_sheet([model.vae.decode(batch["mean"] * scale), model.vae.decode(latent)], path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -256,8 +266,12 @@ def main(argv: list[str] | None = None) -> None:
     training.fast_malloc()
     init = args.init
     for stage in stages:
-        out = args.out / stage if len(stages) > 1 else args.out
-        train(stage, args, init, out)
+        out, resume = args.out, args.resume
+        if len(stages) > 1:  # a stage that had not begun when the others were stopped begins now
+            out = args.out / stage
+            resume = args.resume and (out / "config.json").is_file()
+        if not train(stage, args, init, out, resume):
+            break
         init = out
 
 

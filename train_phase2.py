@@ -9,6 +9,7 @@ reads: the cloth photo, or the sketch, with the text or without. The Q-Former is
 """
 
 import argparse
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +18,12 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
-from unifashion import diffusion, training
+from unifashion import diffusion, runs, training
 from unifashion.data.mgd import MGD
 from unifashion.data.vitonhd import VITONHD
 from unifashion.model import UniFashion
-from unifashion.preprocess import unet_image
-from unifashion.tokenizers import WordPiece
-from unifashion.tryon import garment_tensors, person_tensors
+from unifashion.tokenizers import WordPiece, blip_caption
+from unifashion.tryon import garment_tensors, person_tensors, unet_picture
 from weights.load import load_public, tokenizer
 
 TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
@@ -61,10 +61,10 @@ class Scenes(Dataset):
         sketched = "sketch" in item
         cloth = garment_tensors(item["cloth"], False, self.cfg)
         sketch = garment_tensors(item["sketch"].convert("RGB"), True, self.cfg) if sketched else cloth
-        ids, mask = self.words.encode([item.get("text", "")], self.cfg.qformer.max_text)
+        ids, mask = self.words.encode([blip_caption(item.get("text", ""))], self.cfg.qformer.max_text)
         odds = list(CONDITIONS.values()) if sketched else [1.0, 0.0, 0.0, 0.0]
         return {
-            "person": unet_image(item["person"], self.cfg.picture),
+            "person": unet_picture(item["person"], self.cfg),
             **person_tensors(item["person"], item["mask"], item["pose"], self.cfg),
             "hints": torch.stack([cloth["hint"], sketch["hint"]]),
             "pictures": torch.stack([cloth["picture"], sketch["picture"]]),
@@ -138,11 +138,12 @@ def train(task: str, args: argparse.Namespace) -> None:
     knobs = {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in DEFAULTS[task].items()}
     encode, loss_of = TASKS[task]
     device, stop, out = training.pick_device(args.device), training.Stop(), args.out
+    runs.check_out(out, args.resume)
     torch.manual_seed(args.seed)  # what no file holds starts random
-    model = load_public(args.preset, args.weights, device).train()
-    modules = training.load_learned(model, training.model_file(args.init)) if args.init else []
+    model = load_public(args.preset, args.weights, device)
+    modules = runs.load_learned(model, runs.model_file(args.init)) if args.init else []
     parameters = training.set_trainable(model, TRAINABLE[task])
-    modules = sorted({*modules, *(name.split(".")[0] for name in parameters)})
+    training.train_mode(model, parameters)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=knobs["lr"], betas=knobs["betas"], weight_decay=knobs["weight_decay"]
     )
@@ -151,11 +152,12 @@ def train(task: str, args: argparse.Namespace) -> None:
     scenes = Scenes(open_data(args.data), model, tokenizer(args.preset, args.weights))
     train_set, val_set = (Subset(scenes, part) for part in training.held_out(scenes.clothes()))
     size, accumulate = knobs["batch_size"], args.accumulate
-    steps = args.steps or (args.epochs or 0) * len(train_set) // (size * accumulate) or knobs["steps"]
-    training.start_run(out, {**vars(args), **knobs, "task": task, "steps": steps}, args.resume)
-    state = {"step": 0, "best": float("inf")}
+    steps = training.planned_steps(args, knobs, len(train_set))
+    runs.start_run(out, {**vars(args), **knobs, "task": task, "steps": steps}, args.resume)
+    state = {"step": 0, "best": float("inf"), "modules": modules}
     if args.resume:
-        state |= training.load_checkpoint(out / "last", model, optimizer, parameters, ema)
+        state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, ema)
+    modules = sorted({*state["modules"], *(name.split(".")[0] for name in parameters)})
 
     def feed(data: Dataset, order: Iterator[list[int]], cache: bool) -> Iterator[dict[str, Tensor]]:
         to_device = lambda batch: {k: v.to(device) for k, v in batch.items()}  # noqa: E731
@@ -171,7 +173,7 @@ def train(task: str, args: argparse.Namespace) -> None:
             ]
         eight = iter([list(range(min(8, len(val_set))))])
         draw_samples(model, next(feed(val_set, eight, False)), out / "samples" / f"{state['step']:06}.png")
-        model.train()
+        training.train_mode(model, parameters)
         return float(torch.stack(values).mean())
 
     order = training.batch_order(
@@ -179,11 +181,13 @@ def train(task: str, args: argparse.Namespace) -> None:
     )
     stream = feed(train_set, order, args.cache)
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=task, mininterval=1)
+    clock, logged = time.perf_counter(), state["step"]
     for step in bar:
-        torch.manual_seed(args.seed + step)  # dropout, too, depends on the step alone
-        for micro in range(accumulate):
+        for micro in range(step * accumulate, (step + 1) * accumulate):
             with training.autocast(device, args.dtype):
-                parts = loss_of(model, next(stream), args.seed, step * accumulate + micro, step / steps)
+                batch = next(stream)
+                torch.manual_seed(args.seed + micro)  # dropout, too, depends on the step alone
+                parts = loss_of(model, batch, args.seed, micro, step / steps)
             norms = training.backward_apart(parts, list(parameters.values()), 1 / accumulate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -193,8 +197,9 @@ def train(task: str, args: argparse.Namespace) -> None:
         if step % 20 == 0 or done:
             shown = {name: round(float(value.detach()), 4) for name, value in parts.items()}
             bar.set_postfix(shown)
-            seconds = round(bar.format_dict["elapsed"], 1)
-            training.log_line(
+            seconds = round((time.perf_counter() - clock) / (step + 1 - logged), 3)
+            clock, logged = time.perf_counter(), step + 1
+            runs.log_line(
                 out,
                 step=step,
                 **shown,
@@ -205,12 +210,15 @@ def train(task: str, args: argparse.Namespace) -> None:
         if state["step"] % args.eval_every == 0 or done:
             with training.averaged(ema):
                 val = evaluate()
-            training.log_line(out, step=step, val=val)
-            training.draw_curves([out], out / "losses.png")
-            better, state["best"] = val < state["best"], min(val, state["best"])
-            for folder in ("last", "best") if better else ("last",):
-                training.save_checkpoint(out / folder, model, modules, optimizer, parameters, ema, state)
-        if stop.asked:
+            runs.log_line(out, step=step, val=val)
+            better = val < state["best"]
+            if better:
+                state["best"] = val
+            # `best` first: killed between the two, the run makes it again
+            for folder in ("best", "last") if better else ("last",):
+                runs.save_checkpoint(out / folder, model, modules, optimizer, parameters, ema, state)
+            runs.draw_curves([out], out / "losses.png")
+        if done:
             break
 
 
@@ -226,7 +234,7 @@ def draw_samples(model: UniFashion, batch: dict[str, Tensor], path: Path) -> Non
         hint = batch["hints"][:, condition]
         *_, latent = model.sample(noise, scene, context, hint, 10, "dpm++", model.cfg.guidance)
         rows.append(latent)
-    training.save_sheet([model.vae.decode(row) for row in rows], path)
+    runs.save_sheet([model.vae.decode(row) for row in rows], path)
 
 
 def main(argv: list[str] | None = None) -> None:

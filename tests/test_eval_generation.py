@@ -15,7 +15,7 @@ from eval import generation, judge
 from eval.generation import CONDITIONS, Cases, Row, Setting, compare, interval, measure, resampled, try_on
 from eval.judge import ATTRIBUTES, COLUMNS, score, told
 from tests.parity import randomise
-from unifashion import UserError, training
+from unifashion import UserError, runs, training
 from unifashion.config import PRESETS, TINY
 from unifashion.data import toy
 from unifashion.data.mgd import MGD
@@ -351,7 +351,7 @@ def test_a_trained_judge_is_kept_until_what_made_it_changes(world, tmp_path, mon
 
 
 def test_the_report_holds_what_a_reader_needs_and_repeats(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "git_commit", lambda: "a commit")  # others may commit meanwhile
+    monkeypatch.setattr(runs, "git_commit", lambda: "a commit")  # others may commit meanwhile
     first = command("--seed", "3", "--sheet", str(tmp_path / "sheet.png"))
     printed = capsys.readouterr().out
     assert first["command"].startswith("python -m eval.generation --data toy=")
@@ -500,7 +500,7 @@ def weights(tmp_path_factory, world) -> Path:
             {k: v.contiguous() for k, v in getattr(model, part).state_dict().items()},
             folder / f"{part}.safetensors",
         )
-    learned = training.learned_state(model, ["qformer", "image_adapter", "null_context", "unet", "garment"])
+    learned = runs.learned_state(model, ["qformer", "image_adapter", "null_context", "unet", "garment"])
     save_file({k: v.contiguous() for k, v in learned.items()}, folder / "model.safetensors")
     vocab = build_vocab([" ".join(toy.PALETTE)])
     (folder / "bert_vocab.txt").write_text("\n".join(vocab) + "\n")

@@ -108,7 +108,11 @@ def layer(module: str) -> int | None:
     if top == "weights":
         return WEIGHTS
     if top == "unifashion":
-        return WIRING if rest.split(".")[0] in ("model", "config", "training", "data", "tryon") else COMPONENT
+        return (
+            WIRING
+            if rest.split(".")[0] in ("model", "config", "training", "runs", "data", "tryon")
+            else COMPONENT
+        )
     return None
 
 

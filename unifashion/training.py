@@ -1,12 +1,4 @@
-"""What both training scripts need and neither should own: the run folder, resuming, seeds, frozen features, schedules.
-
-    RUN/config.json     what was asked
-    RUN/metrics.jsonl   one line a log step
-    RUN/samples/        pictures
-    RUN/losses.png      the curves of metrics.jsonl
-    RUN/last/, best/    model.safetensors      everything learned so far, under our module names; EMA where there is one
-                        optimizer.safetensors  AdamW's moments, and the raw weights of what has an EMA
-                        state.json             step, best loss, git commit
+"""What both training scripts need and neither should own: flags, seeds, data order, frozen features, schedules, EMA.
 
 Nothing random is carried from step to step: order, noise, timesteps and drops are functions of (seed, step, sample), so a
 run that is resumed is the run that was not interrupted, bit for bit.
@@ -15,12 +7,8 @@ run that is resumed is the run that was not interrupted, bit for bit.
 import argparse
 import ctypes
 import hashlib
-import json
 import math
-import os
-import shutil
 import signal
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,10 +16,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -137,64 +122,9 @@ def run(main: Callable[[], None]) -> None:
 def held_out(names: list[str], every: int = 40) -> tuple[list[int], list[int]]:
     """Sample indices for training, and those held out to choose `best` by: whole products, one in `every`."""
     hold = [zlib.crc32(name.encode()) % every == 0 for name in names]
-    if not any(hold):  # a very small data set
-        hold = [name == names[-1] for name in names]
+    if sum(hold) < 2:  # a very small data set
+        hold = [name in sorted(set(names))[-2:] for name in names]
     return [i for i, h in enumerate(hold) if not h], [i for i, h in enumerate(hold) if h]
-
-
-def start_run(out: Path, config: dict, resume: bool) -> None:
-    if out.exists() and any(out.iterdir()) and not resume:
-        raise UserError(f"{out} is not empty: say --resume to go on with it, or name another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "samples").mkdir(exist_ok=True)
-    (out / "config.json").write_text(json.dumps(config, indent=1, default=str))
-
-
-def save_sheet(rows: list[Tensor], path: Path) -> None:
-    """rows of pictures, each (b,3,y,x) in [-1,1] -> one PNG, a row of pictures for each."""
-    sheet = torch.cat([torch.cat(list(row.float().cpu()), dim=2) for row in rows], dim=1)
-    pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
-    Image.fromarray(np.ascontiguousarray(pixels.numpy())).save(path)
-
-
-def draw_curves(runs: list[Path], path: Path) -> None:
-    """metrics.jsonl of `runs` -> one PNG, a panel each: every loss over the steps as a running mean, `val` as dots."""
-    logs = [[json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
-    panels = [_panel(run.name, log) for run, log in zip(runs, logs, strict=True)]
-    sheet = Image.new("RGB", (sum(p.width for p in panels), panels[0].height))
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (i * panel.width, 0))
-    sheet.save(path)
-
-
-def _panel(name: str, log: list[dict], size: tuple[int, int] = (880, 560)) -> Image.Image:
-    image = Image.new("RGB", size, "white")  # twice the size that it is shown in: smooth lines
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
-    left, top, right, bottom = 90, 60, size[0] - 30, size[1] - 50
-    no_loss = ("step", "lr", "norms", "seconds")
-    curves = {
-        k: {row["step"]: row[k] for row in log if k in row} for row in log for k in row if k not in no_loss
-    }
-    last = max(max(curve) for curve in curves.values())
-    high = 1.1 * max(np.percentile(list(curve.values()), 98) for curve in curves.values())
-    at = lambda x, y: (left + (right - left) * x / max(1, last), bottom - (bottom - top) * min(y / high, 1))  # noqa: E731
-    draw.rectangle((left, top, right, bottom), outline="grey")
-    draw.text((left, 15), name, "black", font)
-    draw.text((right, bottom + 10), str(last), "black", font, anchor="ra")
-    for y in (0, high / 2, high):
-        draw.text((left - 10, at(0, y)[1]), f"{y:.2g}", "black", font, anchor="rm")
-    for i, (k, curve) in enumerate(curves.items()):
-        colour, mean, smooth = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")[i % 4], None, []
-        for x, y in sorted(curve.items()):
-            mean = y if mean is None else mean + (y - mean) / 5
-            smooth.append(at(x, mean))
-            if k == "val":
-                px, py = at(x, y)
-                draw.ellipse((px - 5, py - 5, px + 5, py + 5), fill=colour)
-        if k != "val":
-            draw.line(smooth, colour, 3)
-        draw.text((right - 10 - 150 * i, 15), k, colour, font, anchor="ra")
-    return image.resize((size[0] // 2, size[1] // 2), Image.Resampling.LANCZOS)
 
 
 def seeded(*key: int | str) -> torch.Generator:
@@ -248,7 +178,7 @@ def batches(
 
 
 def _shrink(x: Tensor) -> Tensor:
-    return x.to(torch.float16, copy=True) if x.is_floating_point() else x.clone()
+    return x.to("cpu", torch.float16 if x.is_floating_point() else x.dtype, copy=True)
 
 
 def _grow(x: Tensor) -> Tensor:
@@ -268,6 +198,24 @@ def set_trainable(model: nn.Module, patterns: list[str]) -> dict[str, nn.Paramet
     return chosen
 
 
+def train_mode(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    """Training mode for what learns. What is frozen stays in eval mode: its dropout would blur what the others learn from."""
+    learning = {name.split(".")[0] for name in parameters}
+    for name, module in model.named_children():
+        module.train(name in learning)
+
+
+def planned_steps(args: argparse.Namespace, knobs: dict, samples: int) -> int:
+    """--steps, or --epochs over so many samples, or the default of either. Raises UserError where that comes to nothing."""
+    batch, epochs = knobs["batch_size"], args.epochs or knobs["epochs"]
+    if samples < batch:
+        raise UserError(f"the data set has {samples} samples, fewer than one batch of {batch}")
+    steps = args.steps or (epochs * samples // (batch * args.accumulate) if epochs else knobs["steps"])
+    if not steps:
+        raise UserError(f"{epochs} epochs of {samples} samples are less than one step: say --steps")
+    return steps
+
+
 def cosine(step: int, steps: int, warmup: int) -> float:
     """The factor of the learning rate: linear from 0 over `warmup` steps, then a half cosine to 0."""
     if step < warmup:
@@ -282,8 +230,9 @@ def backward_apart(losses: dict[str, Tensor], parameters: list[nn.Parameter], sh
     One clip for all would starve a loss: at the start ITC's gradient is a hundred times ITM's, whose task is the slower.
     """
     norms = []
-    for loss in losses.values():
-        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    for i, loss in enumerate(losses.values()):
+        more = i + 1 < len(losses)  # after the last one the activations are let go
+        grads = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
         used = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for _, g in used]))
         scale = share * (1.0 / (norm + 1e-6)).clamp(max=1.0)
@@ -322,125 +271,6 @@ def averaged(ema: EMA | None) -> Iterator[None]:
     yield
     if ema is not None:
         ema.swap()
-
-
-def model_file(path: Path) -> Path:
-    """--init: a run folder stands for its last checkpoint."""
-    for candidate in (path, path / "last" / "model.safetensors", path / "model.safetensors"):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"{path} is neither a run folder nor a model.safetensors")
-
-
-def learned_state(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
-    """The tensors of the named top-level modules or parameters, under our names."""
-    prefixes = tuple(f"{m}." for m in modules)
-    return {k: v for k, v in model.state_dict().items() if k in modules or k.startswith(prefixes)}
-
-
-def save_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    modules: list[str],
-    optimizer: torch.optim.AdamW,
-    parameters: dict[str, nn.Parameter],
-    ema: EMA | None,
-    state: dict,
-) -> None:
-    """Write `folder` whole or not at all: a killed run finds the one before."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    moments: dict[str, Tensor] = {}
-    for name, p in parameters.items():
-        moments |= {f"{name}:{k}": v for k, v in optimizer.state.get(p, {}).items()}
-    if ema is not None:
-        moments |= {f"{name}:raw": p.detach() for name, p in parameters.items()}
-        ema.swap()
-    save_file(
-        {k: v.contiguous() for k, v in learned_state(model, modules).items()}, new / "model.safetensors"
-    )
-    if ema is not None:
-        ema.swap()
-    save_file({k: v.contiguous() for k, v in moments.items()}, new / "optimizer.safetensors")
-    (new / "state.json").write_text(
-        json.dumps({**state, "modules": modules, "commit": git_commit()}, indent=1)
-    )
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def load_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.AdamW,
-    parameters: dict[str, nn.Parameter],
-    ema: EMA | None,
-) -> dict:
-    """Put everything back where `save_checkpoint` found it. -> its state."""
-    if not folder.exists() and folder.with_name(folder.name + ".old").exists():  # killed between two renames
-        os.replace(folder.with_name(folder.name + ".old"), folder)
-    if not folder.exists():
-        raise UserError(f"nothing to resume: {folder} is not there")
-    state = json.loads((folder / "state.json").read_text())
-    load_learned(model, folder / "model.safetensors")
-    moments = load_file(folder / "optimizer.safetensors")
-    for name, p in parameters.items():
-        if ema is not None:
-            ema.average[name].copy_(p.data)
-            p.data.copy_(moments.pop(f"{name}:raw"))
-        keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{k}" in moments]
-        if keys:
-            optimizer.state[p] = {k: moments.pop(f"{name}:{k}") for k in keys}
-    if moments:
-        raise UserError(
-            f"{folder}: {next(iter(moments))} belongs to no trained parameter; was --stage another?"
-        )
-    if ema is not None:
-        ema.n = state["step"]
-    return state
-
-
-def load_learned(model: nn.Module, path: Path) -> list[str]:
-    """Load a `model.safetensors`: each top-level module is in it wholly or not at all. -> the modules found."""
-    try:
-        tensors = load_file(path)
-    except Exception as error:  # safetensors raises its own type for a truncated file
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
-    own = model.state_dict()
-    modules = sorted({k.split(".")[0] for k in tensors})
-    wanted = learned_state(model, modules)
-    for k, v in tensors.items():
-        if k not in own:
-            raise UserError(f"{path}: {k} is not a tensor of this preset's model")
-        if own[k].shape != v.shape:
-            raise UserError(
-                f"{path}: {k} has shape {tuple(v.shape)}, this preset wants {tuple(own[k].shape)}"
-            )
-    missing = sorted(wanted.keys() - tensors.keys())
-    if missing:
-        raise UserError(f"{path}: {missing[0]} is missing")
-    with torch.no_grad():
-        for k, v in tensors.items():
-            own[k].copy_(v)
-    return modules
-
-
-def git_commit() -> str:
-    asked = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-    )
-    return asked.stdout.strip() or "unknown"
-
-
-def log_line(run: Path, **values: float | int | str) -> None:
-    with open(run / "metrics.jsonl", "a") as f:
-        f.write(json.dumps(values) + "\n")
 
 
 class Stop:

@@ -9,6 +9,11 @@ from unifashion.preprocess import keep_mask, latent_mask, pad_to_ratio, qformer_
 GREY = (128, 128, 128)  # of the hole, as in VITON-HD's agnostic pictures
 
 
+def unet_picture(image: Image.Image, cfg: UniFashionConfig, fill: int = 255) -> Tensor:
+    """RGB of any shape -> (3,512,384) in [-1,1] for the VAE, padded to 3:4 with `fill`."""
+    return unet_image(pad_to_ratio(image, cfg.picture[1] / cfg.picture[0], fill)[0], cfg.picture)
+
+
 def person_tensors(
     person: Image.Image, mask: Image.Image, pose: Image.Image | None, cfg: UniFashionConfig
 ) -> dict[str, Tensor]:
@@ -20,18 +25,17 @@ def person_tensors(
        keep       (1,64,48) in [0,1], 1 = keep, 0 = repaint
        pose       (3,512,384) in [-1,1], the densepose picture; only if given
     """
-    size, ratio = cfg.picture, cfg.picture[1] / cfg.picture[0]
     # The hole is cut before anything is resized: afterwards its edge would show the garment that was worn.
     agnostic = Image.composite(
         Image.new("RGB", person.size, GREY), person, mask.point(lambda x: 255 * (x >= 128))
     )
-    keep = keep_mask(pad_to_ratio(mask, ratio, fill=0)[0], size)
+    keep = keep_mask(pad_to_ratio(mask, cfg.picture[1] / cfg.picture[0], fill=0)[0], cfg.picture)
     tensors = {
-        "agnostic": unet_image(pad_to_ratio(agnostic, ratio)[0], size),
+        "agnostic": unet_picture(agnostic, cfg),
         "keep": latent_mask(keep, cfg.vae.factor),
     }
     if pose is not None:
-        tensors["pose"] = unet_image(pad_to_ratio(pose, ratio, fill=0)[0], size)
+        tensors["pose"] = unet_picture(pose, cfg, fill=0)
     return tensors
 
 
@@ -43,8 +47,7 @@ def garment_tensors(garment: Image.Image, drawn: bool, cfg: UniFashionConfig) ->
     garment RGB -> hint (3,512,384) in [-1,1], picture (3,224,224) with CLIP's mean and deviation
     """
     fill = 0 if drawn else 255
-    padded, _ = pad_to_ratio(garment, cfg.picture[1] / cfg.picture[0], fill)
     return {
-        "hint": unet_image(padded, cfg.picture),
+        "hint": unet_picture(garment, cfg, fill),
         "picture": qformer_image(garment, cfg.vit.image_size[0], fill=fill),
     }

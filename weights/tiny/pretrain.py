@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from unifashion import training
+from unifashion import runs, training
 from unifashion.config import TINY
 from unifashion.data import toy
 from unifashion.data.fashion200k import Fashion200K
@@ -134,11 +134,11 @@ def train(
     samples: Dataset = Pictures(root, crop=(64, 48)) if part == "vae" else Attributes(root)
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
-    training.start_run(out, {"part": part, "steps": steps, "batch": batch, "lr": lr}, args.resume)
+    runs.start_run(out, {"part": part, "steps": steps, "batch": batch, "lr": lr}, args.resume)
     modules = sorted({name.split(".")[0] for name in parameters})
     state, stop = {"step": 0}, training.Stop()
     if args.resume:
-        state |= training.load_checkpoint(out / "last", model, optimizer, parameters, None)
+        state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, None)
     order = training.batch_order(len(samples), batch, 0, state["step"], steps)
     stream = training.batches(samples, order, lambda b: b, cache=False, workers=args.workers)
     bar = tqdm(stream, initial=state["step"], total=steps, desc=part, mininterval=5)
@@ -156,12 +156,14 @@ def train(
         if step % 20 == 0 or done:
             shown = {k: round(float(v.detach()), 4) for k, v in losses.items()}
             bar.set_postfix(shown)
-            training.log_line(out, step=step, **shown)
+            runs.log_line(out, step=step, **shown)
         if state["step"] % args.eval_every == 0 or done:
-            training.draw_curves([out], out / "losses.png")
-            training.save_checkpoint(out / "last", model, modules, optimizer, parameters, None, state)
-        if stop.asked:
-            return
+            runs.save_checkpoint(out / "last", model, modules, optimizer, parameters, None, state)
+            runs.draw_curves([out], out / "losses.png")
+        if done:
+            break
+    if stop.asked:
+        return
     save_half(getattr(model, part).state_dict(), HERE / f"{part}.safetensors")
     if part == "vae":
         report_vae(model.vae.eval(), Pictures(root), out)
@@ -185,7 +187,7 @@ def report_vae(vae: VAE, samples: Dataset, out: Path) -> None:
     print(
         f"PSNR {psnr:.2f} dB; standard deviation of the latents {z.std():.4f}: the preset's scale is {1 / z.std():.5f}"
     )
-    training.save_sheet([x[:10], y[:10]], out / "samples" / "copies.png")
+    runs.save_sheet([x[:10], y[:10]], out / "samples" / "copies.png")
 
 
 def write_vocab(root: Path) -> None:
@@ -217,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     training.fast_malloc()
     if args.part == "ship":
         stages = [args.init.with_name(name) for name in ("vae", "vit", "align", "generate", "tryon")]
-        training.draw_curves([run for run in stages if run.is_dir()], HERE / "losses.png")
+        runs.draw_curves([run for run in stages if run.is_dir()], HERE / "losses.png")
         return save_half(load_file(args.init / "best" / "model.safetensors"), HERE / "model.safetensors")
     root = training.toy_folder(args.data)
     if args.part == "vocab":

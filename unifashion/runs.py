@@ -1,0 +1,245 @@
+"""The run folder: what a training leaves behind, and starts again from.
+
+RUN/config.json     what was asked
+RUN/metrics.jsonl   one line a log step: the losses, lr, seconds per step
+RUN/samples/        pictures
+RUN/losses.png      the curves of metrics.jsonl
+RUN/last/, best/    model.safetensors      everything learned so far, under our module names; EMA where there is one
+                    optimizer.safetensors  AdamW's moments, and the raw weights of what has an EMA
+                    state.json             step, best loss, modules, git commit
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from unifashion import UserError
+from unifashion.training import EMA
+
+# What a run that goes on may be asked for anew: none of it changes what a step does. All else must be as it was.
+MAY_CHANGE = (
+    "out",
+    "resume",
+    "init",
+    "weights",
+    "device",
+    "workers",
+    "cache",
+    "eval_every",
+    "steps",
+    "epochs",
+)
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Raise UserError unless a run can start in `out`, or go on there: worth asking before gigabytes are read."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: --out wants a folder")
+    if resume and not (out / "config.json").is_file():
+        raise UserError(f"nothing to resume: {out} holds no run")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: say --resume to go on with it, or name another --out")
+
+
+def start_run(out: Path, config: dict, resume: bool) -> None:
+    """Write config.json. Raises UserError, before writing, where a run that goes on is asked for other than it began with."""
+    check_out(out, resume)
+    config = json.loads(json.dumps(config, default=str))
+    if resume:
+        before = json.loads((out / "config.json").read_text())
+        for name in before.keys() & config.keys() - set(MAY_CHANGE):
+            if before[name] != config[name]:
+                flag, was = name.replace("_", "-"), before[name]
+                raise UserError(f"{out} was started with {flag} {was}, not {config[name]}: repeat its flags")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "samples").mkdir(exist_ok=True)
+    new = out / "config.json.new"
+    new.write_text(json.dumps(config, indent=1))
+    new.replace(out / "config.json")
+
+
+def save_sheet(rows: list[Tensor], path: Path) -> None:
+    """rows of pictures, each (b,3,y,x) in [-1,1] -> one PNG, a row of pictures for each."""
+    sheet = torch.cat([torch.cat(list(row.float().cpu()), dim=2) for row in rows], dim=1)
+    pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
+    Image.fromarray(np.ascontiguousarray(pixels.numpy())).save(path)
+
+
+def draw_curves(runs: list[Path], path: Path) -> None:
+    """metrics.jsonl of `runs` -> one PNG, a panel each: every loss over the steps as a running mean, `val` as dots."""
+    panels = [_panel(run.name, _read_log(run)) for run in runs]
+    sheet = Image.new("RGB", (sum(p.width for p in panels), panels[0].height))
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, (i * panel.width, 0))
+    sheet.save(path)
+
+
+def _read_log(run: Path) -> list[dict[str, float]]:
+    """The losses of metrics.jsonl: not the line that a kill cut short, no nan, no lr."""
+    log = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
+        log.append({k: v for k, v in numbers.items() if k not in ("lr", "seconds")})
+    return log
+
+
+def _panel(name: str, log: list[dict], size: tuple[int, int] = (880, 560)) -> Image.Image:
+    image = Image.new("RGB", size, "white")  # twice the size that it is shown in: smooth lines
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
+    left, top, right, bottom = 90, 60, size[0] - 30, size[1] - 50
+    names = dict.fromkeys(k for row in log for k in row if k != "step")
+    curves = {k: {row["step"]: row[k] for row in log if k in row} for k in names}
+    last = max((max(curve) for curve in curves.values()), default=1)
+    high = 1.1 * max((np.percentile(list(curve.values()), 98) for curve in curves.values()), default=1.0)
+    at = lambda x, y: (left + (right - left) * x / max(1, last), bottom - (bottom - top) * min(y / high, 1))  # noqa: E731
+    draw.rectangle((left, top, right, bottom), outline="grey")
+    draw.text((left, 15), name, "black", font)
+    draw.text((right, bottom + 10), str(last), "black", font, anchor="ra")
+    for y in (0, high / 2, high):
+        draw.text((left - 10, at(0, y)[1]), f"{y:.2g}", "black", font, anchor="rm")
+    for i, (k, curve) in enumerate(curves.items()):
+        colour, mean, smooth = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")[i % 4], None, []
+        for x, y in sorted(curve.items()):
+            mean = y if mean is None else mean + (y - mean) / 5
+            smooth.append(at(x, mean))
+            if k == "val":
+                px, py = at(x, y)
+                draw.ellipse((px - 5, py - 5, px + 5, py + 5), fill=colour)
+        if k != "val":
+            draw.line(smooth, colour, 3)
+        draw.text((right - 10 - 150 * i, 15), k, colour, font, anchor="ra")
+    return image.resize((size[0] // 2, size[1] // 2), Image.Resampling.LANCZOS)
+
+
+def model_file(path: Path) -> Path:
+    """--init: a run folder stands for its last checkpoint."""
+    for candidate in (path, path / "last" / "model.safetensors", path / "model.safetensors"):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"{path} is neither a run folder nor a model.safetensors")
+
+
+def learned_state(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
+    """The tensors of the named top-level modules or parameters, under our names."""
+    prefixes = tuple(f"{m}." for m in modules)
+    return {k: v for k, v in model.state_dict().items() if k in modules or k.startswith(prefixes)}
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    modules: list[str],
+    optimizer: torch.optim.AdamW,
+    parameters: dict[str, nn.Parameter],
+    ema: EMA | None,
+    state: dict,
+) -> None:
+    """Write `folder` whole or not at all: a killed run finds the one before."""
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    moments: dict[str, Tensor] = {}
+    for name, p in parameters.items():
+        moments |= {f"{name}:{k}": v for k, v in optimizer.state.get(p, {}).items()}
+    if ema is not None:
+        moments |= {f"{name}:raw": p.detach() for name, p in parameters.items()}
+        ema.swap()
+    save_file(
+        {k: v.contiguous() for k, v in learned_state(model, modules).items()}, new / "model.safetensors"
+    )
+    if ema is not None:
+        ema.swap()
+    save_file({k: v.contiguous() for k, v in moments.items()}, new / "optimizer.safetensors")
+    (new / "state.json").write_text(
+        json.dumps({**state, "modules": modules, "commit": git_commit()}, indent=1)
+    )
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    parameters: dict[str, nn.Parameter],
+    ema: EMA | None,
+) -> dict:
+    """Put everything back where `save_checkpoint` found it. -> its state."""
+    if not folder.exists() and folder.with_name(folder.name + ".old").exists():  # killed between two renames
+        os.replace(folder.with_name(folder.name + ".old"), folder)
+    if not folder.exists():
+        return {}  # killed before its first checkpoint: from the start
+    state = json.loads((folder / "state.json").read_text())
+    load_learned(model, folder / "model.safetensors")
+    moments = load_file(folder / "optimizer.safetensors")
+    for name, p in parameters.items():
+        if ema is not None:
+            ema.average[name].copy_(p.data)
+            p.data.copy_(moments.pop(f"{name}:raw"))
+        keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{k}" in moments]
+        if keys:
+            held = {k: moments.pop(f"{name}:{k}") for k in keys}
+            # AdamW keeps its step count on the CPU, wherever the parameter is
+            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in held.items()}
+    if moments:
+        raise UserError(
+            f"{folder}: {next(iter(moments))} belongs to no trained parameter; was --stage another?"
+        )
+    if ema is not None:
+        ema.n = state["step"]
+    return state
+
+
+def load_learned(model: nn.Module, path: Path) -> list[str]:
+    """Load a `model.safetensors`: each top-level module is in it wholly or not at all. -> the modules found."""
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # safetensors raises its own type for a truncated file
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    own = model.state_dict()
+    modules = sorted({k.split(".")[0] for k in tensors})
+    wanted = learned_state(model, modules)
+    for k, v in tensors.items():
+        if k not in own:
+            raise UserError(f"{path}: {k} is not a tensor of this preset's model")
+        if own[k].shape != v.shape:
+            raise UserError(
+                f"{path}: {k} has shape {tuple(v.shape)}, this preset wants {tuple(own[k].shape)}"
+            )
+    missing = sorted(wanted.keys() - tensors.keys())
+    if missing:
+        raise UserError(f"{path}: {missing[0]} is missing")
+    with torch.no_grad():
+        for k, v in tensors.items():
+            own[k].copy_(v)
+    return modules
+
+
+def git_commit() -> str:
+    asked = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+    )
+    return asked.stdout.strip() or "unknown"
+
+
+def log_line(run: Path, **values: float | int | str) -> None:
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(values) + "\n")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ def tryon(args: argparse.Namespace) -> None:
 
     from unifashion import preprocess, training
     from unifashion.config import PRESETS
+    from unifashion.diffusion import timesteps
     from weights.load import default_preset, folder_of, load_unifashion, tokenizer
 
     notes: list[str] = []  # what was decided for the user
@@ -55,11 +57,17 @@ def tryon(args: argparse.Namespace) -> None:
 
     person = preprocess.read_image(args.person)
     mask, mask_source = read_mask(args, person.size, notes)
+    if args.steps * (1000 // args.steps) < 900 and args.sampler != "dpm++":
+        first = timesteps(args.steps)[0]
+        notes.append(
+            f"--steps {args.steps} starts at timestep {first} of 999, 333 or 500 steps start in more noise"
+        )
     canvas, box = preprocess.pad_to_ratio(person, cfg.picture[1] / cfg.picture[0])
     inputs = read_inputs(args, person, mask, cfg, tokenizer(args.preset, args.weights), notes)
 
     training.fast_malloc()
     torch.backends.cudnn.deterministic = True  # same seed, same machine: same bytes
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     start = time.perf_counter()
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     model = load_unifashion(args.preset, args.weights, device, dtype)
@@ -101,7 +109,7 @@ def result_paths(args: argparse.Namespace) -> list[Path]:
     inputs = (args.person, args.cloth, args.sketch, args.mask, args.pose)
     for out in outs:
         check_png_path(out)
-        if out.exists() and any(path and path.exists() and out.samefile(path) for path in inputs):
+        if out.exists() and any(path and os.path.exists(path) and out.samefile(path) for path in inputs):
             raise UserError(f"{out} is an input and would be overwritten: give --out another name")
     return outs
 
@@ -132,6 +140,7 @@ def read_inputs(
     from PIL import ImageOps, ImageStat
 
     from unifashion.preprocess import read_image
+    from unifashion.tokenizers import blip_caption
     from unifashion.tryon import garment_tensors, person_tensors
 
     garment = read_image(args.cloth or args.sketch)
@@ -153,9 +162,9 @@ def read_inputs(
     inputs = person_tensors(person, mask, pose, cfg) | garment_tensors(garment, args.sketch is not None, cfg)
     inputs = {name: x[None] for name, x in inputs.items()}
     if args.text:
-        if words.is_cut(args.text, cfg.qformer.max_text):
+        if words.is_cut(args.text, cfg.qformer.max_text) or len(args.text.split()) > 50:
             notes.append(f"--text is too long: the model reads its first {cfg.qformer.max_text - 2} tokens")
-        inputs["ids"], inputs["mask"] = words.encode([args.text], cfg.qformer.max_text)
+        inputs["ids"], inputs["mask"] = words.encode([blip_caption(args.text)], cfg.qformer.max_text)
     return inputs
 
 

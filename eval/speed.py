@@ -14,6 +14,7 @@ the clock; on CUDA it is the cost of starting the kernels.
 
 import argparse
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -123,9 +124,10 @@ def measure(steps: dict[str, Step], repeats: int, device: torch.device) -> dict[
         for name, step in steps.items():
             start, cpu_start = time.perf_counter(), time.process_time()
             step()
+            cpu_seconds = time.process_time() - cpu_start  # before the wait, which on CUDA is a busy one
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            rounds[name].append(Round(time.perf_counter() - start, time.process_time() - cpu_start))
+            rounds[name].append(Round(time.perf_counter() - start, cpu_seconds))
             print(f"{name}: {rounds[name][-1].seconds:.4g} s", file=sys.stderr, flush=True)
     return rounds
 
@@ -160,6 +162,13 @@ def machine(device: torch.device) -> str:
     return f"{what}; torch {torch.__version__}; bfloat16"
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -179,6 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     print(machine(device), flush=True)
     work = multiply_adds(preset.unet, preset.latent)
     print(report(work, measure(steps_of(preset.unet, preset.latent, device), args.repeats, device)))
+    print(f"peak memory {peak_memory(device) / 2**30:.1f} GiB, all three networks loaded")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,12 @@ def test_the_loss_of_a_bf16_prediction_is_summed_in_float32():
     assert_close(loss, (predicted.double() - noise.double()).square().mean((1, 2, 3)).float(), atol=1e-6)
 
 
+def test_the_loss_is_in_float32_even_where_the_noise_is_not():
+    noise = torch.randn(2, 4, 8, 8).bfloat16()
+    loss = diffusion.eps_loss(noise * 1.001, noise)
+    assert loss.dtype == torch.float32
+
+
 def test_every_step_count_gives_exactly_that_many_steps():
     for steps in range(2, 501):
         ts = diffusion.timesteps(steps)

@@ -45,6 +45,65 @@ def test_q2i_of_v_is_the_error_of_v():
     torch.testing.assert_close(model.q2i(noise + off, noise, t), error_of_v.square().mean())
 
 
+def test_the_network_reads_noisy_latent_agnostic_keep_and_pose_in_that_order():
+    """StableVITON's order and sense; SD-inpainting's is another, and would load without a word."""
+    model, *_, noise = random_model("eps")
+    x, agnostic, keep, pose = (torch.full((B, c, 8, 8), float(i)) for i, c in enumerate((4, 4, 1, 4)))
+    scene = model.scene(agnostic, keep, pose)
+    assert scene.shape == (B, 9, 8, 8)
+    assert (scene[:, :4] == 1).all() and (scene[:, 4] == 2).all() and (scene[:, 5:] == 3).all()
+    assert (model.scene(agnostic, keep)[:, 5:] == 0).all()
+    read = []
+    model.unet.encoder.blocks[0].register_forward_pre_hook(lambda _, seen: read.append(seen[0]))
+    context = torch.zeros(B, 5, TINY.unet.context_dim).double()
+    model.predict_noise(x.double(), torch.tensor([5, 980]), scene.double(), context)
+    assert read[0].mean((0, 2, 3)).tolist() == [0] * 4 + [1] * 4 + [2] + [3] * 4
+    read.clear()
+    next(model.sample(x.double(), scene.double(), context, steps=2))
+    assert read[0].mean((0, 2, 3)).tolist() == [0] * 4 + [1] * 4 + [2] + [3] * 4
+
+
+def test_in_a_blank_scene_all_is_to_be_repainted():
+    model, *_ = random_model("v")
+    scene, (y, x) = model.blank_scene(3), TINY.picture
+    assert (scene[:, 4] == 0).all() and (scene[:, 5:] == 0).all()  # 0 = repaint; no pose
+    grey = model.vae.encode(torch.zeros(1, 3, y, x).double())
+    torch.testing.assert_close(scene[:, :4], grey.expand(3, -1, -1, -1))
+
+
+@pytest.mark.parametrize("t", [0, 10, 980])
+def test_a_bfloat16_network_knows_its_noise(t):
+    model, scene, context, hint, x = random_model("v")
+    exact = model.predict_noise(x, torch.full((B,), t), scene, context)
+    model = model.bfloat16()
+    x, scene, context = x.bfloat16(), scene.bfloat16(), context.bfloat16()
+    rounded = model.predict_noise(x, torch.full((B,), t), scene, context)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() / exact.norm() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"vit": {"dim": 64}}, "vision_dim"),
+        ({"vit": {"image_size": (128, 64)}}, "square"),
+        ({"prediction": "x0"}, "eps or v"),
+        ({"unet": {"in_channels": 9}}, "in_channels"),
+        ({"unet": {"out_channels": 8}}, "out_channels"),
+        ({"unet": {"attention_levels": (0, 9)}}, "4 levels"),
+        ({"unet": {"heads": 3}}, "heads"),
+        ({"picture": (128, 104)}, "does not divide"),
+    ],
+    ids=str,
+)
+def test_a_preset_whose_numbers_do_not_fit_is_refused(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        replace(
+            TINY,
+            **{k: replace(getattr(TINY, k), **v) if isinstance(v, dict) else v for k, v in wrong.items()},
+        )
+
+
 def test_each_loss_is_clipped_on_its_own():
     p = torch.nn.Parameter(torch.zeros(2))
     norms = training.backward_apart({"loud": 1e4 * p[0], "quiet": 0.1 * p[1]}, [p], 0.5)

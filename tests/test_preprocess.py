@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.faults import plant
 from tests.goldens import load
-from unifashion import UserError
+from unifashion import UserError, preprocess
 from unifashion.preprocess import (
     CLIP_MEAN,
     CLIP_STD,
@@ -81,6 +82,47 @@ def test_keep_mask_and_its_latent_equal_stablevitons(sample):
 def test_clip_image_equals_stablevitons(sample):
     pixels = clip_image(STABLEVITON.outputs[f"cloth_{sample}"].permute(2, 0, 1))
     close(pixels[:, ::4, ::4], STABLEVITON.outputs[f"clip_input_{sample}"], 1e-6)
+
+
+FAULTS = {
+    "no rounding in the resizing": ("_resize", "+ 2 >> 2", ">> 2"),
+    "pixel corners for pixel centres": ("_neighbours", "+ 0.5) * (source / target) - 0.5", "* (source / target))"),
+    "a mask cut at 127": ("_binary", "level >= 128", "level > 126"),
+    "an antialiased latent mask": ("latent_mask", 'size, mode="bilinear"', 'size, antialias=True, mode="bilinear"'),
+    "white padding": ("qformer_image", "fill=(fill, fill, fill)", "fill=(255, 255, 255)"),
+    "bilinear for bicubic": ("qformer_image", "size * side // short for side in image.size), Image.Resampling.BICUBIC",
+                             "size * side // short for side in image.size), Image.Resampling.BILINEAR"),
+    "the green mean for the red": ("CLIP_MEAN", "0.48145466, 0.4578275", "0.4578275, 0.48145466"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_parity_notices(fault, monkeypatch):
+    everything_equals()
+    plant(monkeypatch, preprocess, *FAULTS[fault])
+    with pytest.raises(AssertionError):
+        everything_equals()
+
+
+def everything_equals():
+    for name in ("portrait", "mild"):
+        ours = preprocess.qformer_image(picture(TARGETPAD.inputs[name]), ratio=1.25, fill=0)
+        close(ours[:, ::3, ::3], qformer_golden(name), 1e-6)
+    size = tuple(STABLEVITON.config["size"])
+    for sample in range(3):
+        test_unet_image_equals_stablevitons_to_the_level("cloth", sample)
+        grey = picture(STABLEVITON.inputs[f"agn_mask_{sample}"])
+        close(keep_mask(grey, size), STABLEVITON.outputs[f"agn_mask_{sample}"].permute(2, 0, 1), 1e-6)
+        latent = preprocess.latent_mask(keep_mask(grey, size), 8)
+        close(latent, STABLEVITON.outputs[f"mask_latent_{sample}"], 1e-6)
+    steps = np.arange(120, 136, dtype=np.uint8).reshape(4, 4)  # no golden mask has levels near 128
+    assert set(keep_mask(Image.fromarray(steps), (4, 4)).flatten()[:8].tolist()) == {1.0}
+
+
+def qformer_golden(name):
+    return (
+        TARGETPAD.outputs[name][:, ::3, ::3] if name in TARGETPAD.outputs else TARGETPAD.outputs[f"{name}_s"]
+    )
 
 
 # Ours

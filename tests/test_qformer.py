@@ -301,7 +301,7 @@ def blip2(case: str) -> tuple[goldens.Golden, nn.ModuleDict]:
     model = {"vit": ViT(eye), "qformer": QFormer(cfg)}
     table = under("visual_encoder.", "vit.", VIT) | under("", "qformer.", QFORMER)
     table |= {"query_proj.*": None, "caption_proj.*": None}  # the official code computes nothing with them
-    if "prompt_tokens" in golden.weights:  # the official code's second set of queries, for references
+    if "prompt_tokens" in golden.weights:  # the official code's second set of queries, for targets
         model["prompt_tokens"] = Queries(cfg)
         table |= {"prompt_tokens": "prompt_tokens.weight"}
     model = nn.ModuleDict(model).double().eval()

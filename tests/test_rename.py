@@ -118,6 +118,14 @@ def test_floating_tensors_take_the_modules_type_or_the_one_asked_for():
     assert module.count.dtype == torch.int64 and module.count == 7
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64], ids=str)
+def test_a_quantised_copy_is_refused(dtype: torch.dtype):
+    file = checkpoint()
+    name = next(name for name, tensor in file.items() if tensor.is_floating_point())
+    with pytest.raises(UserError, match=rf"^{name}: {dtype} in the file, torch.float32 in the model$"):
+        load_into(network(), file | {name: file[name].to(dtype)}, TABLE)
+
+
 def test_frozen_parameters_stay_frozen():
     module = network().requires_grad_(False)
     module[0].requires_grad_(True)

@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 def test_it_prints_the_machine_and_each_network_with_its_ratio(capsys):
     speed.main(["--tiny", "--repeats", "2", "--device", "cpu"])
     out = capsys.readouterr().out
+    assert 0.1 < float(re.search(r"peak memory (\S+) GiB", out)[1]) < 24
     assert f"{torch.get_num_threads()} threads" in out and torch.__version__ in out
     for name in ("ours, with the garment", "ours, the U-Net alone", "diffusers"):
         assert re.search(rf"^{name} +\S+ +\S+ +\d+\.\d\d +\S+ +\d+\.\d\d   \S+ \S+$", out, re.MULTILINE)

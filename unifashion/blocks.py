@@ -28,6 +28,10 @@ class UNetConfig:
     context_dim: int = 768
 
     def __post_init__(self) -> None:
+        if not set(self.attention_levels) <= set(range(len(self.channel_mult))):
+            raise ValueError(
+                f"attention_levels {self.attention_levels}: there are {len(self.channel_mult)} levels"
+            )
         for c in self.widths:
             if c % self.groups or c % self.heads:
                 raise ValueError(

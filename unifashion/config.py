@@ -15,10 +15,11 @@ class UniFashionConfig:
     vae: VAEConfig = VAEConfig()
     unet: UNetConfig = UNetConfig()
     picture: tuple[int, int] = (512, 384)  # y, x of what the U-Net side reads and draws
-    prediction: str = (
-        "eps"  # what the U-Net's output means: eps (Eq. 7, all published files), or v as in SD 2
+    # what the U-Net's output means: eps (Eq. 7, all published files), or v as in SD 2
+    prediction: str = "eps"
+    guidance: float = (
+        2.0  # classifier-free guidance; FULL's is not measured: its training has not been done here
     )
-    guidance: float = 2.0  # classifier-free guidance, chosen on a validation split
 
     def __post_init__(self) -> None:
         if self.qformer.vision_dim != self.vit.dim:
@@ -72,7 +73,7 @@ TINY = UniFashionConfig(
         context_dim=128,
     ),
     picture=(128, 96),
-    # At t=980 an error in eps is 13 times that in x_0: from nothing, eps needs more training than a tiny preset gets.
+    # At t=980 an error in eps is 13 times as large in x_0: from nothing, eps needs more training than a tiny preset gets.
     prediction="v",
     guidance=1.0,
 )

@@ -36,7 +36,8 @@ def q_sample(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
 
 def eps_loss(predicted: Tensor, noise: Tensor) -> Tensor:
     """Eq. 7: the mean squared error of the noise, in float32 (or wider), over each sample: (b,)."""
-    return (predicted.to(noise.dtype) - noise).square().flatten(1).mean(1)
+    wide = torch.promote_types(noise.dtype, torch.float32)
+    return (predicted.to(wide) - noise.to(wide)).square().flatten(1).mean(1)
 
 
 def v_to_eps(v: Tensor, x: Tensor, a: Tensor | float) -> Tensor:

@@ -23,9 +23,8 @@ class GarmentEncoder(nn.Module):
         self.first = cfg.res_blocks + 1
         sources = cfg.skips[::-1][self.first :]
         widths = [width for width in reversed(cfg.widths) for _ in range(cfg.res_blocks + 1)]
-        targets = widths[
-            self.first - 1 : -1
-        ]  # a block's input is as wide as the output of the block before it
+        # a block's input is as wide as the output of the block before it
+        targets = widths[self.first - 1 : -1]
         self.blocks = nn.ModuleList(
             SpatialTransformer(target, source, cfg.heads, cfg.groups)
             for target, (source, _) in zip(targets, sources, strict=True)

@@ -91,7 +91,11 @@ class UniFashion(nn.Module):
         out = self.unet(seen, t, self.unet.context(context), inject)
         if self.cfg.prediction == "eps":
             return out
-        return v_to_eps(out, x, alphas_cumprod().to(x.device, x.dtype)[t][:, None, None, None])
+        wide = torch.promote_types(
+            x.dtype, torch.float32
+        )  # in bfloat16, 1 - a_t would be 0 where there is little noise
+        a = alphas_cumprod().to(x.device, wide)[t][:, None, None, None]
+        return v_to_eps(out.to(wide), x.to(wide), a)
 
     def q2i(self, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Eq. 7, the mean over (b,4,y,x); where the U-Net predicts v, its error there: that of eps, over a_t."""

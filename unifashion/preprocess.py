@@ -47,7 +47,12 @@ def read_image(path: str | Path, background: str = "white") -> Image.Image:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
-                return _to_rgb(ImageOps.exif_transpose(image), background)
+                image.load()
+                try:
+                    upright = ImageOps.exif_transpose(image)
+                except Exception:  # the pixels are sound, what is said about them is not
+                    upright = image
+                return _to_rgb(upright, background)
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels, not read") from error
     except UnidentifiedImageError as error:

@@ -121,9 +121,13 @@ class QFormer(nn.Module):
         """
         image    (b,n,vision_dim), after `ln_vision`; without it there are no queries
         ids      (b,t) int64, and mask (b,t) bool, True where there is a token
-        queries  (b,q,dim) to use in place of the learned query tokens
+        queries  (b,q,dim) to use in place of the learned query tokens; only with an image
         ->       Z (b,q,dim) and text (b,t,dim), each None where its input is
+
+        Raises ValueError for neither image nor text, and for a text without its mask.
         """
+        if (image is None and ids is None) or (ids is None) != (mask is None):
+            raise ValueError("wanted an image, or a text with its mask, or both")
         parts = []
         if image is not None:
             parts.append(self.query_tokens.expand(len(image), -1, -1) if queries is None else queries)
@@ -142,11 +146,18 @@ class QFormer(nn.Module):
 
     def embed_image(self, z: Tensor) -> Tensor:
         """Z (b,q,dim) -> unit vectors (b,q,embed_dim)."""
-        return F.normalize(self.vision_proj(z), dim=-1)
+        return _unit(self.vision_proj, z)
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Text outputs (b,t,dim) -> the unit vector of [CLS] (b,embed_dim)."""
-        return F.normalize(self.text_proj(text[:, 0]), dim=-1)
+        return _unit(self.text_proj, text[:, 0])
+
+
+def _unit(proj: nn.Linear, x: Tensor) -> Tensor:
+    """In float32 at least, whatever autocast says: ranks and contrastive losses do not survive bfloat16's ties."""
+    wide = torch.promote_types(proj.weight.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.normalize(F.linear(x.to(wide), proj.weight.to(wide), proj.bias.to(wide)), dim=-1)
 
 
 def _init_bert(module: nn.Module) -> None:

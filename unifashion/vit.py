@@ -2,8 +2,8 @@
 
 image (b,3,224,224) -> patches (b,256,1408) -> [cls | patches] + positions (b,257,1408) -> 39 pre-norm blocks -> (b,257,1408)
 
-The published file has 40 blocks; BLIP-2 drops the last and reads block 39 unnormalised (its `ln_vision` belongs to the
-Q-Former). Original layout: LAVIS `eva_vit_g.pth`.
+Of EVA's 40 blocks BLIP-2 uses `blocks.0` to `blocks.38`, unnormalised (`ln_vision` belongs to the Q-Former); that the published
+file still has the last one is inferred from its size. Original layout: LAVIS `eva_vit_g.pth`.
 """
 
 from dataclasses import dataclass

@@ -62,9 +62,11 @@ def folder_of(preset: str, folder: Path | None = None) -> Path:
 
 
 def default_preset(folder: Path | None = None) -> str:
-    """Full if `folder` (without it, weights/files) holds the originals, else tiny."""
+    """Full if `folder` (without it, weights/files) holds the originals and what was learned on top of them, else tiny."""
+    folder = folder or FOLDERS["full"]
     try:
-        _public_files("full", folder or FOLDERS["full"], PUBLIC_PARTS["full"])
+        _public_files("full", folder, PUBLIC_PARTS["full"])
+        wanted("full", folder, LEARNED["full"])
     except UserError:
         return "tiny"
     return "full"

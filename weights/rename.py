@@ -75,6 +75,12 @@ def load_into(
             f"{originals[wrong[0]]}: shape {theirs} in the file, {ours} in the model ({wrong[0]}){_and_more(wrong)}"
         )
     for name, tensor in tensors.items():
+        if (
+            tensor.is_floating_point() != wanted[name].is_floating_point()
+        ):  # a quantised copy has the same names and shapes
+            raise UserError(
+                f"{originals[name]}: {tensor.dtype} in the file, {wanted[name].dtype} in the model"
+            )
         to_dtype = (dtype or wanted[name].dtype) if tensor.is_floating_point() else tensor.dtype
         to_device = device or (tensor.device if wanted[name].is_meta else wanted[name].device)
         tensors[name] = tensor.to(to_device, to_dtype)
@@ -169,8 +175,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: holds no table of tensors")
     for name, tensor in content.items():
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: holds {name}, a {type(tensor).__name__}, where tensors were expected")
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(
+                f"{path}: holds {name}, a {type(tensor).__name__}, where named tensors were expected"
+            )
     return dict(content)
 
 

@@ -1,6 +1,7 @@
 """Stable Diffusion's U-Net in CompVis' layout: SD v1.4 (4 channels), Paint-by-Example (9), StableVITON (13).
 
 The names are relative to `model.diffusion_model.` in all three files; only the first convolution's shape tells them apart.
+It does not tell SD-inpainting's 9 channels from Paint-by-Example's: the same shapes in another order, with the mask inverted.
 CompVis counts its blocks flat, `input_blocks.0` to `11` and `output_blocks.0` to `11`, and so do we.
 """
 

@@ -63,6 +63,26 @@ def test_the_network_reads_noisy_latent_agnostic_keep_and_pose_in_that_order():
     assert read[0].mean((0, 2, 3)).tolist() == [0] * 4 + [1] * 4 + [2] + [3] * 4
 
 
+def test_a_hint_that_is_not_kept_is_no_hint_for_that_sample_only():
+    model, scene, context, hint, x = random_model("v")
+    t = torch.tensor([5, 980])
+    with_, without = (model.predict_noise(x, t, scene, context, h) for h in (hint, None))
+    dropped = model.predict_noise(x, t, scene, context, hint, torch.tensor([1.0, 0.0]).double())
+    torch.testing.assert_close(dropped[0], with_[0])
+    torch.testing.assert_close(dropped[1], without[1])
+    assert (with_ - without).abs().amin(0).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_embeddings_are_float32_unit_vectors_whatever_the_networks_type(dtype):
+    former = UniFashion(TINY).qformer.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, text = (torch.randn(B, 5, TINY.qformer.dim).to(dtype) for _ in range(2))
+        for unit in (former.embed_image(z), former.embed_text(text)):
+            assert unit.dtype == torch.float32
+            torch.testing.assert_close(unit.norm(dim=-1), torch.ones(unit.shape[:-1]), atol=1e-6, rtol=0)
+
+
 def test_in_a_blank_scene_all_is_to_be_repainted():
     model, *_ = random_model("v")
     scene, (y, x) = model.blank_scene(3), TINY.picture

@@ -128,6 +128,12 @@ def qformer_golden(name):
 # Ours
 
 
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.webp"])
+def test_a_sound_picture_with_damaged_exif_is_read(name, tmp_path):
+    noise((40, 30)).save(tmp_path / name, exif=b"Exif\x00\x00no such thing")
+    assert read_image(tmp_path / name).size == (40, 30)
+
+
 @pytest.mark.parametrize("size", [(60, 180), (180, 60)])
 def test_our_qformer_image_shows_the_whole_garment_on_white(size):
     image = Image.new("RGB", size, "red")

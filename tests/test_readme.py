@@ -27,8 +27,6 @@ def test_every_block_is_run_by_a_test_or_by_ci():
 
 @pytest.mark.parametrize("line", [*BLOCKS["try-on"], *BLOCKS["use"]])
 def test_a_try_on_command_makes_its_picture(line, tmp_path, monkeypatch):
-    if not (ROOT / "weights/tiny/model.safetensors").exists():
-        pytest.skip("the tiny weights are not shipped yet")
     *_, command, arguments = re.split(r"(?:^|&& )\.venv/bin/python (\S+)", line)
     assert command == "infer.py"
     monkeypatch.chdir(ROOT)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import train_phase1
 import train_phase2
+from tests.parity import randomise
 from unifashion import UserError, losses, runs, training
 from unifashion.config import PRESETS, TINY
 from unifashion.data import toy
@@ -202,6 +203,54 @@ def test_the_cache_changes_nothing_but_float16_rounding(place):
     assert not torch.allclose(*plain[0]["mean"], atol=0.1)  # samples are told apart
 
 
+@pytest.mark.parametrize("dropped", [None, *train_phase2.DROP])
+def test_each_condition_is_dropped_as_often_as_the_table_says(dropped, monkeypatch):
+    """What is dropped for certain cannot change the loss; what is never dropped does."""
+    for name in train_phase2.DROP:
+        monkeypatch.setitem(train_phase2.DROP, name, float(name == dropped))
+    model, batch = randomise(UniFashion(TINY), 0).float(), encoded(3)
+    other = encoded(4)
+    before = train_phase2.tryon_losses(model, batch, 0, 0, 0.0)["q2I"]
+    for name, key in {"context": "z", "pose": "pose", "hint": "hints"}.items():
+        after = train_phase2.tryon_losses(model, batch | {key: other[key]}, 0, 0, 0.0)["q2I"]
+        assert torch.equal(before, after) == (name == dropped), name
+
+
+@pytest.mark.parametrize("chosen", range(4))
+def test_context_and_hint_are_of_the_one_condition_that_was_drawn(chosen, monkeypatch):
+    monkeypatch.setattr(train_phase2, "DROP", dict.fromkeys(train_phase2.DROP, 0.0))
+    model, batch, other = randomise(UniFashion(TINY), 0).float(), encoded(3), encoded(4)
+    batch["odds"] = torch.eye(4)[chosen].expand(2, 4)
+    before = train_phase2.tryon_losses(model, batch, 0, 0, 0.0)["q2I"]
+    for key in ("z", "hints"):
+        for i in range(4):
+            changed = batch[key].clone()
+            changed[:, i] = other[key][:, i]
+            after = train_phase2.tryon_losses(model, batch | {key: changed}, 0, 0, 0.0)["q2I"]
+            assert torch.equal(before, after) == (i != chosen), (key, i)
+
+
+def test_itm_reads_matches_then_wrong_texts_then_wrong_images(monkeypatch):
+    model, b = UniFashion(TINY), 5
+    features = torch.randn(b, 3, TINY.vit.dim)
+    ids = torch.arange(b)[:, None].repeat(1, 4)
+    batch = {
+        "features": features,
+        "ids": ids,
+        "mask": torch.ones(b, 4),
+        "product": torch.tensor([0, 1, 2, 3, 3]),
+    }
+    passes = []
+    model.qformer.register_forward_pre_hook(lambda _, given: passes.append(given))
+    train_phase1.align_losses(model, batch, 0, 0, 1.0)
+    image, text, _ = passes[-1]
+    seen = model.qformer.ln_vision(features)
+    shown = [next(j for j in range(b) if torch.equal(x, seen[j])) for x in image]
+    said, product = text[:, 0].tolist(), batch["product"].tolist()
+    assert shown[: 2 * b] == [*range(b)] * 2 and said[:b] == said[2 * b :] == [*range(b)]
+    assert all(product[i] != product[j] for i, j in zip(shown[b:], said[b:], strict=True))
+
+
 def test_every_sample_is_seen_once_an_epoch_whatever_the_start():
     order = list(training.batch_order(10, 3, seed=1, start=0, stop=6))
     assert len({i for batch in order[:3] for i in batch}) == 9
@@ -325,6 +374,21 @@ def read_metrics(folder: Path) -> list[dict]:
 def load_public(place: Path) -> UniFashion:
     torch.manual_seed(0)
     return train_phase1.load_public("tiny", place / "weights")
+
+
+def encoded(seed: int) -> dict[str, torch.Tensor]:
+    """Stands for `encode_tryon`: two samples of random latents."""
+    made, (y, x), q = torch.Generator().manual_seed(seed), TINY.latent, TINY.qformer
+    shapes = {
+        "mean": (4, y, x),
+        "logvar": (4, y, x),
+        "agnostic": (4, y, x),
+        "keep": (1, y, x),
+        "pose": (4, y, x),
+    }
+    shapes |= {"z": (4, q.queries, q.dim), "hints": (4, 4, y, x)}
+    batch = {name: torch.randn(2, *shape, generator=made) for name, shape in shapes.items()}
+    return batch | {"odds": torch.ones(2, 4)}
 
 
 class stopped_after:

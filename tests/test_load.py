@@ -19,7 +19,7 @@ from unifashion.vae import VAEConfig
 from unifashion.vit import ViTConfig
 from weights import load
 from weights.garment import STABLEVITON
-from weights.load import default_preset, load_public, load_unifashion, tokenizer
+from weights.load import FOLDERS, default_preset, load_public, load_unifashion, tokenizer
 from weights.qformer import QFORMER
 from weights.rename import Table, rename
 from weights.vae import VAE
@@ -149,6 +149,16 @@ def test_a_missing_file_is_named_with_its_source_before_any_is_read(
         UserError, match=rf"^{folder}/(VITONHD_VAE_finetuning.ckpt|{name}) is missing: .*{where}"
     ):
         run("full", folder)
+
+
+def test_a_model_beside_a_file_it_was_not_trained_with_is_refused(tmp_path: Path):
+    tiny = tmp_path / "tiny"
+    shutil.copytree(FOLDERS["tiny"], tiny)
+    load_unifashion("tiny", tiny)
+    other = {k: v + 1 for k, v in load_file(tiny / "vae.safetensors").items()}
+    save_file(other, tiny / "vae.safetensors")
+    with pytest.raises(UserError, match=r"model.safetensors was trained with another vae.safetensors"):
+        load_unifashion("tiny", tiny)
 
 
 def test_full_is_the_default_only_where_all_originals_are(

@@ -75,7 +75,7 @@ TINY = UniFashionConfig(
     picture=(128, 96),
     # At t=980 an error in eps is 13 times as large in x_0: from nothing, eps needs more training than a tiny preset gets.
     prediction="v",
-    guidance=1.0,
+    guidance=2.5,
 )
 
 PRESETS = {"full": FULL, "tiny": TINY}

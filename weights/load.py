@@ -8,11 +8,13 @@ and the Q-Former's bert_vocab.txt. FULL is built on the meta device and filled p
 its own: there are never two copies of the model in memory.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from unifashion import UserError
@@ -129,6 +131,7 @@ def load_unifashion(
     """
     folder = folder_of(preset, folder)
     path = wanted(preset, folder, LEARNED[preset])
+    _check_company(path, folder)
     model, learned = _blank(preset), read_checkpoint(path)
     parts = nn.ModuleDict(model.named_children())
     found = {name.split(".")[0] for name in learned}
@@ -147,6 +150,23 @@ def load_unifashion(
     model.null_context = parts.null_context
     _fill(model, files, preset, device, dtype)
     return model.eval().requires_grad_(False)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_company(path: Path, folder: Path) -> None:
+    """Raise UserError if the model was trained with other files than those beside it, where it says with which."""
+    try:
+        with safe_open(path, "pt") as file:
+            company = file.metadata() or {}
+    except Exception:  # damaged: read_checkpoint will say how
+        return
+    for name, digest in company.items():
+        if (folder / name).is_file() and sha256(folder / name) != digest:
+            raise UserError(f"{path} was trained with another {name}: take both from one place")
 
 
 def _blank(preset: str) -> UniFashion:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from unifashion import runs, training
+from unifashion import UserError, runs, training
 from unifashion.config import TINY
 from unifashion.data import toy
 from unifashion.data.fashion200k import Fashion200K
@@ -29,6 +29,7 @@ from unifashion.preprocess import qformer_image, unet_image
 from unifashion.tokenizers import build_vocab
 from unifashion.vae import VAE, kl_divergence
 from unifashion.vit import ViT
+from weights.load import sha256
 
 HERE = Path(__file__).parent
 DEFAULTS = {"vae": {"steps": 5000, "batch": 16, "lr": 1e-3}, "vit": {"steps": 2000, "batch": 32, "lr": 1e-3}}
@@ -169,10 +170,10 @@ def train(
         report_vae(model.vae.eval(), Pictures(root), out)
 
 
-def save_half(tensors: dict[str, Tensor], path: Path) -> None:
-    """Shipped weights are float16: half the download, and no picture shows it."""
+def save_half(tensors: dict[str, Tensor], path: Path, beside: dict[str, str] | None = None) -> None:
+    """Shipped weights are float16: half the download, and no picture shows it. `beside`: the files that they belong to."""
     new = path.with_suffix(".new")
-    save_file({k: v.half().contiguous() for k, v in tensors.items()}, new)
+    save_file({k: v.half().contiguous() for k, v in tensors.items()}, new, beside)
     new.replace(path)
     print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
 
@@ -218,9 +219,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     training.fast_malloc()
     if args.part == "ship":
+        best = args.init / "best" / "model.safetensors"
+        if not best.is_file():
+            raise UserError(f"{best} is missing: --init wants the run folder of train_phase2.py")
         stages = [args.init.with_name(name) for name in ("vae", "vit", "align", "generate", "tryon")]
         runs.draw_curves([run for run in stages if run.is_dir()], HERE / "losses.png")
-        return save_half(load_file(args.init / "best" / "model.safetensors"), HERE / "model.safetensors")
+        beside = {
+            name: sha256(HERE / name) for name in ("vit.safetensors", "vae.safetensors", "bert_vocab.txt")
+        }
+        return save_half(load_file(best), HERE / "model.safetensors", beside)
     root = training.toy_folder(args.data)
     if args.part == "vocab":
         return write_vocab(root)

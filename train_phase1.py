@@ -228,14 +228,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         if state["step"] % args.eval_every == 0 or done:
             with training.averaged(ema):
                 val = evaluate()
-            runs.log_line(out, step=step, val=val)
-            better = val < state["best"]
-            if better:
-                state["best"] = val
-            # `best` first: killed between the two, the run makes it again
-            for folder in ("best", "last") if better else ("last",):
-                runs.save_checkpoint(out / folder, model, modules, optimizer, parameters, ema, state)
-            runs.draw_curves([out], out / "losses.png")
+            runs.save_evaluated(out, val, model, modules, optimizer, parameters, ema, state)
         if done:
             break
     return not stop.asked

@@ -173,6 +173,28 @@ def save_checkpoint(
     shutil.rmtree(old, ignore_errors=True)
 
 
+def save_evaluated(
+    out: Path,
+    val: float,
+    model: nn.Module,
+    modules: list[str],
+    optimizer: torch.optim.AdamW,
+    parameters: dict[str, nn.Parameter],
+    ema: EMA | None,
+    state: dict,
+) -> None:
+    """After an evaluation: `last`, and `best` if `val` is the lowest so far (nan never is); the log; then the curves."""
+    log_line(out, step=state["step"] - 1, val=val)
+    better = val < state["best"]
+    if better:
+        state["best"] = val
+    for folder in (
+        ("best", "last") if better else ("last",)
+    ):  # killed between the two, the run makes `best` again
+        save_checkpoint(out / folder, model, modules, optimizer, parameters, ema, state)
+    draw_curves([out], out / "losses.png")
+
+
 def load_checkpoint(
     folder: Path,
     model: nn.Module,

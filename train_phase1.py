@@ -156,7 +156,6 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
     optimizer = torch.optim.AdamW(
         groups, lr=knobs["lr"], betas=knobs["betas"], weight_decay=knobs["weight_decay"]
     )
-    ema = training.EMA(parameters) if stage == "generate" else None
 
     pairs = Pairs(open_data(args.data), model, tokenizer(args.preset, args.weights))
     train_set, val_set = (Subset(pairs, part) for part in training.held_out(pairs.products()))
@@ -165,15 +164,21 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         raise UserError("--batch-size is 1: align finds a picture's wrong texts in its batch, 2 at least")
     steps = training.planned_steps(args, knobs, len(train_set))
     runs.start_run(out, {**vars(args), **knobs, "stage": stage, "steps": steps}, resume)
-    state = {"step": 0, "best": float("inf"), "modules": modules}
-    if resume:
-        state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, ema)
-    modules = sorted({*state["modules"], *(name.split(".")[0] for name in parameters)})
 
     def feed(data: Dataset, order: Iterator[list[int]], cache: bool) -> Iterator[dict[str, Tensor]]:
         to_device = lambda batch: {k: v.to(device) for k, v in batch.items()}  # noqa: E731
         see = lambda batch: encode(model, to_device(batch))  # noqa: E731
         return map(to_device, training.batches(data, order, see, cache, args.workers))
+
+    if stage == "generate" and "image_adapter" not in modules and not resume:
+        few = training.batch_order(len(train_set), size, args.seed, 0, 8)
+        with training.autocast(device, args.dtype):
+            model.start_adapter(torch.cat([batch["z"] for batch in feed(train_set, few, False)]))
+    ema = training.EMA(parameters) if stage == "generate" else None
+    state = {"step": 0, "best": float("inf"), "modules": modules}
+    if resume:
+        state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, ema)
+    modules = sorted({*state["modules"], *(name.split(".")[0] for name in parameters)})
 
     def evaluate() -> float:
         model.eval()

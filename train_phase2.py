@@ -147,22 +147,27 @@ def train(task: str, args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=knobs["lr"], betas=knobs["betas"], weight_decay=knobs["weight_decay"]
     )
-    ema = training.EMA(parameters)
 
     scenes = Scenes(open_data(args.data), model, tokenizer(args.preset, args.weights))
     train_set, val_set = (Subset(scenes, part) for part in training.held_out(scenes.clothes()))
     size, accumulate = knobs["batch_size"], args.accumulate
     steps = training.planned_steps(args, knobs, len(train_set))
     runs.start_run(out, {**vars(args), **knobs, "task": task, "steps": steps}, args.resume)
-    state = {"step": 0, "best": float("inf"), "modules": modules}
-    if args.resume:
-        state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, ema)
-    modules = sorted({*state["modules"], *(name.split(".")[0] for name in parameters)})
 
     def feed(data: Dataset, order: Iterator[list[int]], cache: bool) -> Iterator[dict[str, Tensor]]:
         to_device = lambda batch: {k: v.to(device) for k, v in batch.items()}  # noqa: E731
         see = lambda batch: encode(model, to_device(batch))  # noqa: E731
         return map(to_device, training.batches(data, order, see, cache, args.workers))
+
+    if "image_adapter" not in modules and not args.resume:
+        few = training.batch_order(len(train_set), size, args.seed, 0, 8)
+        with training.autocast(device, args.dtype):
+            model.start_adapter(torch.cat([batch["z"] for batch in feed(train_set, few, False)]))
+    ema = training.EMA(parameters)
+    state = {"step": 0, "best": float("inf"), "modules": modules}
+    if args.resume:
+        state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, ema)
+    modules = sorted({*state["modules"], *(name.split(".")[0] for name in parameters)})
 
     def evaluate() -> float:
         model.eval()

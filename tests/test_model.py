@@ -73,6 +73,47 @@ def test_a_hint_that_is_not_kept_is_no_hint_for_that_sample_only():
     assert (with_ - without).abs().amin(0).max() > 1e-3
 
 
+def test_from_nothing_the_garment_is_looked_for_at_the_querys_own_place():
+    """What lets a U-Net without StableVITON's weights learn to copy. Blocks behind an upsampling have no skip to match yet."""
+    torch.manual_seed(0)
+    model = UniFashion(TINY).eval()
+    looks = []
+
+    def look(attend: torch.nn.Module, args: tuple) -> None:
+        h, (k, _) = args
+        q = attend.q(h).unflatten(2, (attend.heads, -1)).transpose(1, 2)
+        looks.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).diagonal(dim1=2, dim2=3).mean().item())
+
+    for block in model.garment.blocks:
+        block.attn2.register_forward_pre_hook(look)
+    y, x = TINY.latent
+    scene, context = torch.randn(B, 9, y, x), torch.randn(B, 16, TINY.unet.context_dim)
+    model.predict_noise(torch.randn(B, 4, y, x), torch.tensor([50, 700]), scene, context, scene[:, :4])
+    assert len(looks) == 6 and all(share > 0.4 for share in looks[1::2]), looks
+
+
+def test_from_nothing_the_decoder_hands_the_skips_on():
+    rung = UniFashion(TINY).unet.decoder[-1]
+    below, skip = torch.randn(2, B, TINY.unet.channels, 8, 8)
+    torch.testing.assert_close(rung.res.shortcut(torch.cat([below, skip], dim=1)), below / 2 + skip)
+
+
+def test_the_adapter_starts_with_what_tells_pictures_apart():
+    torch.manual_seed(0)
+    model, (q, dim) = UniFashion(TINY), (TINY.qformer.queries, TINY.qformer.dim)
+    apart = torch.randn(500, 1, dim) * torch.logspace(
+        0, -1, dim
+    )  # the last direction: a hundredth of the variance
+    z = (apart + 5 + torch.zeros(1, q, 1)).reshape(500, q, dim)
+    model.start_adapter(z)
+    out = model.image_adapter(z).detach().flatten(0, 1)
+    torch.testing.assert_close(out.mean(0), torch.zeros(dim), atol=1e-3, rtol=0)
+    spread = torch.linalg.eigvalsh(out.T @ out / len(out))
+    assert spread.max() < 1.0 and spread.min() > 0.3  # was 1 : 100 and more
+    model.start_adapter(z * 0 + 1)  # all the same: nothing is blown up, nothing is nan
+    assert model.image_adapter(z * 0 + 1).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_embeddings_are_float32_unit_vectors_whatever_the_networks_type(dtype):
     former = UniFashion(TINY).qformer.to(dtype)
@@ -111,7 +152,7 @@ def test_a_bfloat16_network_knows_its_noise(t):
         ({"unet": {"in_channels": 9}}, "in_channels"),
         ({"unet": {"out_channels": 8}}, "out_channels"),
         ({"unet": {"attention_levels": (0, 9)}}, "4 levels"),
-        ({"unet": {"heads": 3}}, "heads"),
+        ({"unet": {"heads": 5}}, "heads"),
         ({"picture": (128, 104)}, "does not divide"),
     ],
     ids=str,

@@ -178,6 +178,17 @@ def test_what_was_learned_before_is_carried_over(place):
     assert any(name.startswith("unet.") for name in second)
 
 
+@pytest.mark.parametrize("stage", ["generate", "tryon"])
+def test_an_adapter_that_nothing_has_trained_starts_from_its_data_and_a_trained_one_stays(stage, place):
+    run(stage, place, "new", "--steps", "1", "--lr", "1e-9")
+    adapters = [load_file(place / "new/last/model.safetensors")["image_adapter.weight"]]
+    run(stage, place, "second", "--steps", "1", "--lr", "1e-9", "--seed", "1", "--init", str(place / "new"))
+    adapters.append(load_file(place / "second/last/model.safetensors")["image_adapter.weight"])
+    torch.testing.assert_close(*adapters, atol=1e-6, rtol=0)
+    untouched = load_public(place).image_adapter.weight
+    assert adapters[0].norm() > 3 * untouched.norm()
+
+
 def test_a_run_killed_while_it_saves_can_be_resumed(place):
     run("align", place, "killed", "--steps", "1")
     last = place / "killed/last"

@@ -7,6 +7,7 @@ It reads x_t and t, as the original does, so it runs at every sampler step. Orig
 `model.diffusion_model.warp_flow_blks.*`, `model.diffusion_model.warp_zero_convs.*`.
 """
 
+import torch
 from torch import Tensor, nn
 
 from unifashion.blocks import KV, Encoder, SpatialTransformer, TimeEmbed, UNetConfig, project_context, zero
@@ -31,6 +32,13 @@ class GarmentEncoder(nn.Module):
         )
         self.zero_convs = nn.ModuleList(nn.Conv2d(target, target, 1) for target in targets)
         self.zero_convs.apply(zero)
+        for block in self.blocks:
+            look_at_own_place(block)
+
+    def start_from(self, encoder: Encoder, time_embed: TimeEmbed) -> None:
+        """Begin as the U-Net's own encoder, as ControlNet and StableVITON do."""
+        self.encoder.load_state_dict(encoder.state_dict())
+        self.time_embed.load_state_dict(time_embed.state_dict())
 
     def context(self, context: Tensor) -> list[KV]:
         """context (b,t,context_dim) -> what `forward` wants, computed once per image."""
@@ -53,3 +61,24 @@ class GarmentEncoder(nn.Module):
         source = features[-1 - (i - self.first)].flatten(2).transpose(1, 2)
         residual = self.zero_convs[i - self.first](block(h, block.attn2.kv(source)))
         return h + (residual if keep is None else residual * keep[:, None, None, None])
+
+
+@torch.no_grad()
+def look_at_own_place(block: SpatialTransformer) -> None:
+    """
+    Initialise `block` so that a query finds the key with the features most like its own, and takes what is there.
+
+    The U-Net and a garment encoder that is its copy see the same x_t, so that is the query's own place: attention starts as
+    a copy from there, and learns to look elsewhere. From random projections, and against proj_out = 0, a U-Net that is
+    trained from nothing takes far longer to see that the garment is worth a look.
+    """
+    attend = block.attn2
+    dim, source = attend.k.weight.shape
+    for proj in (block.proj_in, block.proj_out):  # the zero convolution behind proj_out is zero enough
+        nn.init.dirac_(proj.weight)
+        nn.init.zeros_(proj.bias)
+    nn.init.orthogonal_(attend.q.weight, gain=3)
+    attend.k.weight.copy_(attend.q.weight[:, :source])
+    nn.init.eye_(attend.v.weight)
+    nn.init.eye_(attend.out.weight)
+    nn.init.zeros_(attend.out.bias)

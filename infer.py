@@ -136,7 +136,7 @@ def read_inputs(
     words: WordPiece,
     notes: list[str],
 ) -> dict[str, Tensor]:
-    """`person_tensors` and `garment_tensors` of what is asked for, and of a text ids and mask (t,): a batch of one."""
+    """`person_tensors` and `garment_tensors` of what is asked for, and of a text ids and text_mask (t,): a batch of one."""
     from PIL import ImageOps, ImageStat
 
     from unifashion.preprocess import read_image
@@ -164,7 +164,7 @@ def read_inputs(
     if args.text:
         if words.is_cut(args.text, cfg.qformer.max_text) or len(args.text.split()) > 50:
             notes.append(f"--text is too long: the model reads its first {cfg.qformer.max_text - 2} tokens")
-        inputs["ids"], inputs["mask"] = words.encode([blip_caption(args.text)], cfg.qformer.max_text)
+        inputs["ids"], inputs["text_mask"] = words.encode([blip_caption(args.text)], cfg.qformer.max_text)
     return inputs
 
 
@@ -174,7 +174,7 @@ def encode(model: UniFashion, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor
     x = {k: v.to(model.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     pose = model.vae.encode(x["pose"]) if "pose" in x else None
     scene = model.scene(model.vae.encode(x["agnostic"]), x["keep"], pose)
-    context = model.context(model.see(x["picture"]), x.get("ids"), x.get("mask"))
+    context = model.context(model.see(x["picture"]), x.get("ids"), x.get("text_mask"))
     return scene, context, model.vae.encode(x["hint"])
 
 
@@ -268,7 +268,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=50, help="2 to 500 (default %(default)s)")
     p.add_argument("--sampler", choices=["plms", "ddim", "dpm++"], default="plms", help="default %(default)s")
     p.add_argument(
-        "--guidance", type=float, help="how strictly to follow the garment (default: the preset's)"
+        "--guidance",
+        type=float,
+        help="of the context, garment and text as the Q-Former reads them: 1 is none (default: the preset's)",
     )
     p.add_argument("--seed", type=int, default=0, help="default %(default)s")
     p.add_argument(

@@ -3,7 +3,9 @@
 align      ITC + ITM                  Eq. 3-5   the Q-Former learns to compare pictures and texts
 generate   q2I                        Eq. 7     the image adapter and the U-Net learn to draw a picture from Z_I
 
-python train_phase1.py --data toy --preset tiny --stage align --out runs/align
+    python train_phase1.py --data fashion200k --stage align --out runs/align
+
+The defaults are the paper's, of the full size; README has the flags that the tiny preset was trained with.
 """
 
 import argparse
@@ -99,8 +101,8 @@ def align_losses(
     sim = losses.similarity(qformer.embed_image(z), qformer.embed_text(text))
 
     same = (product[:, None] == product) | (ids[:, None] == ids).all(-1)
-    dice, hardness = training.seeded("itm", seed, step), min(1.0, 2 * progress)
-    no_text, no_image = losses.hard_negatives(sim * hardness, qformer.temp, same, dice)
+    generator, hardness = training.seeded("itm", seed, step), min(1.0, 2 * progress)
+    no_text, no_image = losses.hard_negatives(sim * hardness, qformer.temp, same, generator)
     z, _ = qformer(  # one pass over (image, text), (image, wrong text), (wrong image, text)
         torch.cat([seen, seen, seen[no_image]]),
         torch.cat([ids, ids[no_text], ids]),
@@ -114,11 +116,11 @@ def generate_losses(
     model: UniFashion, batch: dict[str, Tensor], seed: int, step: int, progress: float
 ) -> dict[str, Tensor]:
     b, shape = len(batch["z"]), batch["mean"].shape[1:]
-    dice = training.seeded("generate", seed, step)
-    draw = lambda *size: torch.randn(*size, generator=dice).to(batch["mean"].device)  # noqa: E731
+    generator = training.seeded("generate", seed, step)
+    draw = lambda *size: torch.randn(*size, generator=generator).to(batch["mean"].device)  # noqa: E731
     x0 = (batch["mean"] + torch.exp(0.5 * batch["logvar"]) * draw(b, *shape)) * model.cfg.vae.scale
-    t = torch.randint(0, diffusion.TIMESTEPS, (b,), generator=dice).to(x0.device)
-    keep = (torch.rand(b, generator=dice) >= 0.2).to(x0.device)
+    t = torch.randint(0, diffusion.TIMESTEPS, (b,), generator=generator).to(x0.device)
+    keep = (torch.rand(b, generator=generator) >= 0.2).to(x0.device)
     noise = draw(b, *shape)
     context = model.drop_context(model.image_adapter(batch["z"]), keep)
     e = model.predict_noise(diffusion.q_sample(x0, t, noise), t, model.blank_scene(b), context)
@@ -140,7 +142,9 @@ def open_data(names: list[str]) -> Dataset:
 
 def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, resume: bool) -> bool:
     """-> whether it came to its end: False after Ctrl-C."""
-    knobs = {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in DEFAULTS[stage].items()}
+    hparams = {
+        k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in DEFAULTS[stage].items()
+    }
     encode, loss_of = STAGES[stage]
     device, stop = training.pick_device(args.device), training.Stop()
     runs.check_out(out, resume)
@@ -152,18 +156,18 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
     # A temperature that follows a large learning rate sharpens ITC until ITM's gradient is lost beside it.
     slow = [p for name, p in parameters.items() if name == "qformer.temp"]
     rest = [p for name, p in parameters.items() if name != "qformer.temp"]
-    groups = [{"params": rest, "peak": knobs["lr"]}, {"params": slow, "peak": min(knobs["lr"], 2e-5)}]
+    groups = [{"params": rest, "peak": hparams["lr"]}, {"params": slow, "peak": min(hparams["lr"], 2e-5)}]
     optimizer = torch.optim.AdamW(
-        groups, lr=knobs["lr"], betas=knobs["betas"], weight_decay=knobs["weight_decay"]
+        groups, lr=hparams["lr"], betas=hparams["betas"], weight_decay=hparams["weight_decay"]
     )
 
     pairs = Pairs(open_data(args.data), model, tokenizer(args.preset, args.weights))
     train_set, val_set = (Subset(pairs, part) for part in training.held_out(pairs.products()))
-    size, accumulate = knobs["batch_size"], args.accumulate
+    size, accumulate = hparams["batch_size"], args.accumulate
     if stage == "align" and size < 2:
         raise UserError("--batch-size is 1: align finds a picture's wrong texts in its batch, 2 at least")
-    steps = training.planned_steps(args, knobs, len(train_set))
-    runs.start_run(out, {**vars(args), **knobs, "stage": stage, "steps": steps}, resume)
+    steps = training.planned_steps(args, hparams, len(train_set))
+    runs.start_run(out, {**vars(args), **hparams, "stage": stage, "steps": steps}, resume)
 
     def feed(data: Dataset, order: Iterator[list[int]], cache: bool) -> Iterator[dict[str, Tensor]]:
         to_device = lambda batch: {k: v.to(device) for k, v in batch.items()}  # noqa: E731
@@ -226,7 +230,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
                 out,
                 step=step,
                 **shown,
-                lr=knobs["lr"] * rate,
+                lr=hparams["lr"] * rate,
                 norms=[round(n, 3) for n in norms.tolist()],
                 seconds=seconds,
             )

@@ -5,7 +5,9 @@
 Try-on and design are one task: for each sample one condition is drawn, and the Q-Former reads what the garment encoder
 reads: the cloth photo, or the sketch, with the text or without. The Q-Former is frozen here.
 
-    python train_phase2.py --data toy --preset tiny --task tryon --init runs/generate --out runs/tryon
+    python train_phase2.py --data vitonhd mgd --task tryon --init runs/generate --out runs/tryon
+
+The defaults are the paper's, of the full size; README has the flags that the tiny preset was trained with.
 """
 
 import argparse
@@ -41,6 +43,8 @@ DEFAULTS = {  # the paper's appendix B
 }
 # What the Q-Former and the garment encoder may be given, and how often, where a data set has sketches and texts.
 CONDITIONS = {"cloth": 0.4, "cloth+text": 0.1, "sketch+text": 0.4, "sketch": 0.1}
+# Left out at random. context: for guidance, as latent diffusion does; pose: infer.py may have none; hint: a garment that
+# only the Q-Former read. The paper gives no numbers.
 DROP = {"context": 0.2, "pose": 0.1, "hint": 0.1}
 
 
@@ -69,7 +73,7 @@ class Scenes(Dataset):
             "hints": torch.stack([cloth["hint"], sketch["hint"]]),
             "pictures": torch.stack([cloth["picture"], sketch["picture"]]),
             "ids": ids[0],
-            "mask": mask[0],
+            "text_mask": mask[0],
             "odds": torch.tensor(odds),
         }
 
@@ -79,7 +83,7 @@ def encode_tryon(model: UniFashion, batch: dict[str, Tensor]) -> dict[str, Tenso
     """The frozen half: latents, and Z for each of CONDITIONS, in their order."""
     mean, logvar = model.vae.moments(batch["person"])
     cloth, sketch = (model.see(p) for p in batch["pictures"].unbind(1))
-    texts = {"ids": batch["ids"], "mask": batch["mask"]}
+    texts = {"ids": batch["ids"], "mask": batch["text_mask"]}
     z = [
         model.qformer(seen, **t)[0]
         for seen, t in ((cloth, {}), (cloth, texts), (sketch, texts), (sketch, {}))
@@ -101,14 +105,14 @@ def tryon_losses(
     model: UniFashion, batch: dict[str, Tensor], seed: int, step: int, progress: float
 ) -> dict[str, Tensor]:
     b, shape, device = len(batch["mean"]), batch["mean"].shape[1:], batch["mean"].device
-    dice = training.seeded("tryon", seed, step)
-    draw = lambda: torch.randn(b, *shape, generator=dice).to(device)  # noqa: E731
-    kept = {name: (torch.rand(b, generator=dice) >= p).to(device) for name, p in DROP.items()}
-    chosen = torch.multinomial(batch["odds"].cpu(), 1, generator=dice)[:, 0].to(device)
+    generator = training.seeded("tryon", seed, step)
+    draw = lambda: torch.randn(b, *shape, generator=generator).to(device)  # noqa: E731
+    kept = {name: (torch.rand(b, generator=generator) >= p).to(device) for name, p in DROP.items()}
+    chosen = torch.multinomial(batch["odds"].cpu(), 1, generator=generator)[:, 0].to(device)
     row = torch.arange(b, device=device)
 
     x0 = (batch["mean"] + torch.exp(0.5 * batch["logvar"]) * draw()) * model.cfg.vae.scale
-    t = torch.randint(0, diffusion.TIMESTEPS, (b,), generator=dice).to(device)
+    t = torch.randint(0, diffusion.TIMESTEPS, (b,), generator=generator).to(device)
     noise = draw()
     scene = model.scene(batch["agnostic"], batch["keep"], batch["pose"] * kept["pose"][:, None, None, None])
     context = model.drop_context(model.image_adapter(batch["z"][row, chosen]), kept["context"])
@@ -135,24 +139,28 @@ def pairs_of(part: VITONHD | MGD) -> list[tuple[str, str]]:
 
 
 def train(task: str, args: argparse.Namespace) -> None:
-    knobs = {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in DEFAULTS[task].items()}
+    hparams = {
+        k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in DEFAULTS[task].items()
+    }
     encode, loss_of = TASKS[task]
     device, stop, out = training.pick_device(args.device), training.Stop(), args.out
     runs.check_out(out, args.resume)
     torch.manual_seed(args.seed)  # what no file holds starts random
     model = load_public(args.preset, args.weights, device)
     modules = runs.load_learned(model, runs.model_file(args.init)) if args.init else []
+    if model.garment.untrained:  # a run that goes on loads what it had over this
+        model.garment.start_from(model.unet.encoder, model.unet.time_embed)
     parameters = training.set_trainable(model, TRAINABLE[task])
     training.train_mode(model, parameters)
     optimizer = torch.optim.AdamW(
-        parameters.values(), lr=knobs["lr"], betas=knobs["betas"], weight_decay=knobs["weight_decay"]
+        parameters.values(), lr=hparams["lr"], betas=hparams["betas"], weight_decay=hparams["weight_decay"]
     )
 
     scenes = Scenes(open_data(args.data), model, tokenizer(args.preset, args.weights))
     train_set, val_set = (Subset(scenes, part) for part in training.held_out(scenes.clothes()))
-    size, accumulate = knobs["batch_size"], args.accumulate
-    steps = training.planned_steps(args, knobs, len(train_set))
-    runs.start_run(out, {**vars(args), **knobs, "task": task, "steps": steps}, args.resume)
+    size, accumulate = hparams["batch_size"], args.accumulate
+    steps = training.planned_steps(args, hparams, len(train_set))
+    runs.start_run(out, {**vars(args), **hparams, "task": task, "steps": steps}, args.resume)
 
     def feed(data: Dataset, order: Iterator[list[int]], cache: bool) -> Iterator[dict[str, Tensor]]:
         to_device = lambda batch: {k: v.to(device) for k, v in batch.items()}  # noqa: E731
@@ -208,7 +216,7 @@ def train(task: str, args: argparse.Namespace) -> None:
                 out,
                 step=step,
                 **shown,
-                lr=knobs["lr"],
+                lr=hparams["lr"],
                 norms=[round(n, 3) for n in norms.tolist()],
                 seconds=seconds,
             )

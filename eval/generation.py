@@ -142,8 +142,8 @@ def try_on(
         )
         context = model.context(model.see(garment["picture"]), *(t.to(model.device) for t in texts))
         hint = model.vae.encode(garment["hint"])
-    shape, dice = (cfg.vae.latent_channels, *cfg.latent), [training.seeded("eval", seed, i) for i in indices]
-    noise = torch.stack([torch.randn(shape, generator=d) for d in dice]).to(model.device)
+    shape, seeds = (cfg.vae.latent_channels, *cfg.latent), [("eval", seed, i) for i in indices]
+    noise = torch.stack([torch.randn(shape, generator=training.seeded(*s)) for s in seeds]).to(model.device)
     guidance = 1.0 if condition is None else s.guidance  # between twice the same, guidance is nothing
     for latent in model.sample(noise, scene, context, hint, s.steps, s.sampler, guidance):
         if not latent.isfinite().all():

@@ -287,8 +287,8 @@ def wrong_tensors(ours: nn.Module, theirs: nn.Module) -> list[str]:
 @torch.no_grad()
 def outputs(model: UniFashion) -> list[Tensor]:
     """Everything the model does for a try-on, in its order."""
-    dice = torch.Generator().manual_seed(3)
-    draw = lambda *shape: torch.randn(*shape, generator=dice)  # noqa: E731
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     ids = torch.arange(5)[None]
     context = model.context(model.see(draw(1, 3, 28, 28)), ids, torch.ones_like(ids, dtype=torch.bool))
     agnostic, hint = model.vae.encode(draw(2, 3, 64, 48)).split(1)

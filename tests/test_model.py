@@ -77,6 +77,8 @@ def test_from_nothing_the_garment_is_looked_for_at_the_querys_own_place():
     """What lets a U-Net without StableVITON's weights learn to copy. Blocks behind an upsampling have no skip to match yet."""
     torch.manual_seed(0)
     model = UniFashion(TINY).eval()
+    assert model.garment.untrained
+    model.garment.start_from(model.unet.encoder, model.unet.time_embed)
     looks = []
 
     def look(attend: torch.nn.Module, args: tuple) -> None:
@@ -93,9 +95,9 @@ def test_from_nothing_the_garment_is_looked_for_at_the_querys_own_place():
 
 
 def test_from_nothing_the_decoder_hands_the_skips_on():
-    rung = UniFashion(TINY).unet.decoder[-1]
+    block = UniFashion(TINY).unet.decoder[-1]
     below, skip = torch.randn(2, B, TINY.unet.channels, 8, 8)
-    torch.testing.assert_close(rung.res.shortcut(torch.cat([below, skip], dim=1)), below / 2 + skip)
+    torch.testing.assert_close(block.res.shortcut(torch.cat([below, skip], dim=1)), below / 2 + skip)
 
 
 def test_the_adapter_starts_with_what_tells_pictures_apart():

@@ -168,7 +168,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-class Rung(nn.Module):
+class UNetBlock(nn.Module):
     """A res block, attention on some levels, and in the decoder sometimes the way up to the next level."""
 
     def __init__(self, cfg: UNetConfig, c_in: int, c_out: int, level: int, up: bool = False) -> None:
@@ -194,7 +194,7 @@ class Encoder(nn.Module):
         c = cfg.channels
         for level, width in enumerate(cfg.widths):
             for _ in range(cfg.res_blocks):
-                blocks.append(Rung(cfg, c, width, level))
+                blocks.append(UNetBlock(cfg, c, width, level))
                 c = width
             if level < len(cfg.widths) - 1:
                 blocks.append(Downsample(c))
@@ -215,7 +215,7 @@ class Encoder(nn.Module):
         skips = [self.blocks[0](x) + hint]
         for block in self.blocks[1:stop]:
             x = skips[-1]
-            skips.append(block(x, emb, context) if isinstance(block, Rung) else block(x))
+            skips.append(block(x, emb, context) if isinstance(block, UNetBlock) else block(x))
         return skips
 
     def middle(self, x: Tensor, emb: Tensor, context: Iterator[KV]) -> Tensor:

@@ -45,6 +45,7 @@ class UniFashionConfig:
         return self.picture[0] // self.vae.factor, self.picture[1] // self.vae.factor
 
 
+# The published sizes are the defaults of ViTConfig, QFormerConfig, VAEConfig and UNetConfig.
 FULL = UniFashionConfig()
 
 TINY = UniFashionConfig(

@@ -35,8 +35,13 @@ class GarmentEncoder(nn.Module):
         for block in self.blocks:
             look_at_own_place(block)
 
+    @property
+    def untrained(self) -> bool:
+        """Whether it does not touch the U-Net yet."""
+        return not any(p.any() for p in self.zero_convs.parameters())
+
     def start_from(self, encoder: Encoder, time_embed: TimeEmbed) -> None:
-        """Begin as the U-Net's own encoder, as ControlNet and StableVITON do."""
+        """Begin as the U-Net's own encoder, as ControlNet's branch does."""
         self.encoder.load_state_dict(encoder.state_dict())
         self.time_embed.load_state_dict(time_embed.state_dict())
 
@@ -53,14 +58,14 @@ class GarmentEncoder(nn.Module):
         """
         return self.encoder.down(x, self.time_embed(t), iter(context), self.hint_in(hint), len(self.blocks))
 
-    def inject(self, features: list[Tensor], keep: Tensor | None, i: int, h: Tensor) -> Tensor:
-        """h (b,c,y,x), the input of decoder block i -> with the garment; where keep (b,) is 0, h as it was."""
+    def inject(self, features: list[Tensor], keep_hint: Tensor | None, i: int, h: Tensor) -> Tensor:
+        """h (b,c,y,x), the input of decoder block i -> with the garment; where keep_hint (b,) is 0, h as it was."""
         if i < self.first:
             return h
         block = self.blocks[i - self.first]
         source = features[-1 - (i - self.first)].flatten(2).transpose(1, 2)
         residual = self.zero_convs[i - self.first](block(h, block.attn2.kv(source)))
-        return h + (residual if keep is None else residual * keep[:, None, None, None])
+        return h + (residual if keep_hint is None else residual * keep_hint[:, None, None, None])
 
 
 @torch.no_grad()
@@ -68,17 +73,16 @@ def look_at_own_place(block: SpatialTransformer) -> None:
     """
     Initialise `block` so that a query finds the key with the features most like its own, and takes what is there.
 
-    The U-Net and a garment encoder that is its copy see the same x_t, so that is the query's own place: attention starts as
-    a copy from there, and learns to look elsewhere. From random projections, and against proj_out = 0, a U-Net that is
-    trained from nothing takes far longer to see that the garment is worth a look.
+    The U-Net and a garment encoder that starts as its copy see the same x_t, so that tends to be the query's own place:
+    attention starts as a copy from there, and learns to look elsewhere. From random projections, and against proj_out = 0,
+    a U-Net trained from nothing takes far longer to see that the garment is worth a look. Loaded weights overwrite all this.
     """
     attend = block.attn2
-    dim, source = attend.k.weight.shape
-    for proj in (block.proj_in, block.proj_out):  # the zero convolution behind proj_out is zero enough
+    for proj in (block.proj_in, block.proj_out):  # proj_out need not start at 0: zero_convs, behind it, do
         nn.init.dirac_(proj.weight)
         nn.init.zeros_(proj.bias)
     nn.init.orthogonal_(attend.q.weight, gain=3)
-    attend.k.weight.copy_(attend.q.weight[:, :source])
+    attend.k.weight.copy_(attend.q.weight[:, : attend.k.in_features])
     nn.init.eye_(attend.v.weight)
-    nn.init.eye_(attend.out.weight)
+    nn.init.eye_(attend.out.weight).mul_(16)  # the zero convolution has to find it in a sum with the input
     nn.init.zeros_(attend.out.bias)

@@ -1,4 +1,4 @@
-"""The retrieval losses of phase 1. The diffusion loss q2I is `diffusion.eps_loss`."""
+"""The retrieval losses of phase 1. The diffusion loss q2I is `UniFashion.q2i`."""
 
 import torch
 import torch.nn.functional as F

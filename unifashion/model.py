@@ -31,7 +31,6 @@ class UniFashion(nn.Module):
         self.vae = VAE(cfg.vae)
         self.unet = UNet(cfg.unet)
         self.garment = GarmentEncoder(cfg.unet, cfg.vae.latent_channels)
-        self.garment.start_from(self.unet.encoder, self.unet.time_embed)
 
     @property
     def device(self) -> torch.device:
@@ -65,9 +64,9 @@ class UniFashion(nn.Module):
         self.image_adapter.weight.copy_(weight)
         self.image_adapter.bias.copy_(-weight @ mean)
 
-    def drop_context(self, context: Tensor, keep: Tensor) -> Tensor:
-        """keep (b,) bool -> the context, with the null vector in place of every token where keep is False."""
-        return torch.where(keep[:, None, None], context, self.null_context.to(context.dtype))
+    def drop_context(self, context: Tensor, keep_context: Tensor) -> Tensor:
+        """keep_context (b,) bool -> the context, with the null vector in place of every token where it is False."""
+        return torch.where(keep_context[:, None, None], context, self.null_context.to(context.dtype))
 
     def scene(self, agnostic: Tensor, keep: Tensor, pose: Tensor | None = None) -> Tensor:
         """
@@ -80,7 +79,7 @@ class UniFashion(nn.Module):
         return torch.cat([agnostic, keep, torch.zeros_like(agnostic) if pose is None else pose], dim=1)
 
     def blank_scene(self, b: int) -> Tensor:
-        """Everything to repaint, nothing known: the scene of phase 1 and of Eq. 12, (b,9,y,x)."""
+        """Everything to repaint, nothing known: the scene of phase 1, (b,9,y,x)."""
         y, x = self.cfg.picture
         with torch.no_grad():
             grey = self.vae.encode(self.null_context.new_zeros(1, 3, y, x)).expand(b, -1, -1, -1)
@@ -101,12 +100,12 @@ class UniFashion(nn.Module):
         x (b,4,y,x) noisy latent, t (b,) timesteps, scene (b,9,y,x), context (b,q,context_dim),
         hint (b,4,y,x) scaled latent of the garment, keep_hint (b,) 1 or 0: with the garment, or without -> eps (b,4,y,x)
         """
-        seen = torch.cat([x, scene], dim=1)
+        unet_in = torch.cat([x, scene], dim=1)
         inject = None
         if hint is not None:
-            features = self.garment(seen, t, self.garment.context(context), hint)
+            features = self.garment(unet_in, t, self.garment.context(context), hint)
             inject = partial(self.garment.inject, features, keep_hint)
-        out = self.unet(seen, t, self.unet.context(context), inject)
+        out = self.unet(unet_in, t, self.unet.context(context), inject)
         if self.cfg.prediction == "eps":
             return out
         wide = torch.promote_types(
@@ -116,7 +115,7 @@ class UniFashion(nn.Module):
         return v_to_eps(out.to(wide), x.to(wide), a)
 
     def q2i(self, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Eq. 7, the mean over (b,4,y,x); where the U-Net predicts v, its error there: that of eps, over a_t."""
+        """Eq. 7, the mean over (b,4,y,x). Where the U-Net predicts v, v's squared error: eps - eps' = sqrt(a_t) (v - v')."""
         loss = eps_loss(predicted, noise)
         if self.cfg.prediction == "v":
             loss = loss / alphas_cumprod().to(t.device, loss.dtype)[t]
@@ -148,12 +147,12 @@ class UniFashion(nn.Module):
 
         def eps(x: Tensor, t: int) -> Tensor:
             pair = torch.cat([x, x] if both else [x]).to(dtype)
-            seen = torch.cat([pair, scene], dim=1)
-            at = torch.full((len(seen),), t, device=x.device)
+            unet_in = torch.cat([pair, scene], dim=1)
+            at = torch.full((len(unet_in),), t, device=x.device)
             inject = None
             if hint is not None:
-                inject = partial(self.garment.inject, self.garment(seen, at, for_garment, hint), None)
-            out = self.unet(seen, at, for_unet, inject).to(noise.dtype)
+                inject = partial(self.garment.inject, self.garment(unet_in, at, for_garment, hint), None)
+            out = self.unet(unet_in, at, for_unet, inject).to(noise.dtype)
             out = guided(*out.chunk(2), guidance) if both else out
             return out if self.cfg.prediction == "eps" else v_to_eps(out, x, ALPHAS[t])
 

@@ -118,12 +118,6 @@ def latent_mask(keep: Tensor, factor: int) -> Tensor:
     return F.interpolate(keep[None], size, mode="bilinear", align_corners=False)[0]
 
 
-def clip_image(pixels: Tensor, size: int = 224) -> Tensor:
-    """(3,h,w) in [-1,1] -> (3,size,size) with CLIP's mean and deviation, squashed: how StableVITON shows CLIP the cloth."""
-    pixels = F.interpolate(pixels[None], (size, size), mode="bilinear", align_corners=False)[0]
-    return ((pixels + 1) / 2 - CLIP_MEAN) / CLIP_STD
-
-
 def _resize(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """RGB or L image -> (c,h,w) float32 of whole levels 0..255.
 

@@ -138,8 +138,8 @@ class QFormer(nn.Module):
         x = F.dropout(x, self.cfg.dropout, self.training)
         if mask is not None:
             # everyone sees all queries and the real tokens
-            seen = F.pad(mask.bool(), (n_queries, 0), value=True)
-            mask = rearrange(seen, "b k -> b 1 1 k")
+            visible = F.pad(mask.bool(), (n_queries, 0), value=True)
+            mask = rearrange(visible, "b k -> b 1 1 k")
         for layer in self.layers:
             x = layer(x, n_queries, image, mask)
         return (x[:, :n_queries] if n_queries else None), (x[:, n_queries:] if ids is not None else None)

@@ -29,14 +29,15 @@ def common_arguments(parser: argparse.ArgumentParser, defaults: dict[str, dict])
     """The flags of both scripts. Those that mean something else in each stage are None here and take its default."""
 
     def each(key: str) -> str:
-        return "default " + ", ".join(
-            f"{stage} {d[key]}" for stage, d in defaults.items() if d[key] is not None
-        )
+        values = [f"{stage} {d[key]}" for stage, d in defaults.items() if d[key] is not None]
+        return f"default {', '.join(values)}" if values else "no default"
 
     g = parser.add_argument_group("model and place")
     g.add_argument("--preset", choices=list(PRESETS), default="full")
     g.add_argument("--weights", type=Path, help="folder of the public weights (default: the preset's own)")
-    g.add_argument("--init", type=Path, help="run folder, or model.safetensors, to start from")
+    g.add_argument(
+        "--init", type=Path, help="run folder (its last/ is taken), or model.safetensors, to start from"
+    )
     g.add_argument("--out", type=Path, default=Path("runs/latest"), help="run folder (default %(default)s)")
     g.add_argument("--resume", action="store_true", help="go on with the run in --out")
     g.add_argument("--device", default="auto", help="auto | cpu | cuda")
@@ -47,9 +48,13 @@ def common_arguments(parser: argparse.ArgumentParser, defaults: dict[str, dict])
         "--workers", type=int, default=4, help="processes that read pictures (default %(default)s)"
     )
     g.add_argument(
-        "--cache", action="store_true", help="keep the frozen networks' output of every sample in memory"
+        "--cache",
+        action="store_true",
+        help="keep the frozen networks' output of every sample in memory, in float16; --workers has then nothing to do",
     )
-    g = parser.add_argument_group("optimisation, a single stage or task at a time")
+    g = parser.add_argument_group(
+        "optimisation, a single stage or task at a time (the defaults are for the full size, README's for tiny)"
+    )
     g.add_argument("--steps", type=int, help=each("steps"))
     g.add_argument("--epochs", type=int, help=f"instead of --steps; {each('epochs')}")
     g.add_argument("--batch-size", type=int, help=each("batch_size"))
@@ -205,12 +210,12 @@ def train_mode(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         module.train(name in learning)
 
 
-def planned_steps(args: argparse.Namespace, knobs: dict, samples: int) -> int:
+def planned_steps(args: argparse.Namespace, hparams: dict, samples: int) -> int:
     """--steps, or --epochs over so many samples, or the default of either. Raises UserError where that comes to nothing."""
-    batch, epochs = knobs["batch_size"], args.epochs or knobs["epochs"]
+    batch, epochs = hparams["batch_size"], args.epochs or hparams["epochs"]
     if samples < batch:
         raise UserError(f"the data set has {samples} samples, fewer than one batch of {batch}")
-    steps = args.steps or (epochs * samples // (batch * args.accumulate) if epochs else knobs["steps"])
+    steps = args.steps or (epochs * samples // (batch * args.accumulate) if epochs else hparams["steps"])
     if not steps:
         raise UserError(f"{epochs} epochs of {samples} samples are less than one step: say --steps")
     return steps

@@ -1,6 +1,6 @@
 """Stable Diffusion's U-Net with 4, 9 or 13 input channels.
 
-x (b,13,64,48), t (b,), context (b,32,768) -> eps (b,4,64,48)
+x (b,13,64,48), t (b,), context (b,32,768) -> eps (b,4,64,48), or v if it was trained to predict that
 
     9 channels: Paint-by-Example   [noisy latent 4 | masked-image latent 4 | keep mask 1]
    13 channels: StableVITON        the same, and [pose latent 4]
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unifashion.blocks import KV, Encoder, Rung, TimeEmbed, UNetConfig, project_context, zero
+from unifashion.blocks import KV, Encoder, TimeEmbed, UNetBlock, UNetConfig, project_context, zero
 
 
 class UNet(nn.Module):
@@ -21,21 +21,19 @@ class UNet(nn.Module):
         self.cfg = cfg
         self.time_embed = TimeEmbed(cfg)
         self.encoder = Encoder(cfg)
-        skips, rungs, c = list(cfg.skips), [], cfg.widths[-1]
+        skips, blocks, c = list(cfg.skips), [], cfg.widths[-1]
         for level, width in reversed(list(enumerate(cfg.widths))):
             for i in range(cfg.res_blocks + 1):
                 up = level > 0 and i == cfg.res_blocks
                 skip = skips.pop()[0]
-                rung = Rung(cfg, c + skip, width, level, up)
-                with (
-                    torch.no_grad()
-                ):  # a decoder that starts by handing the skips on keeps every place where it was
+                block = UNetBlock(cfg, c + skip, width, level, up)
+                with torch.no_grad():  # not SD's: from nothing, features that stay where they are are found again by the garment's attention
                     eyes = torch.cat([torch.eye(width, c) / 2, torch.eye(width, skip)], dim=1)
-                    rung.res.shortcut.weight.copy_(eyes[:, :, None, None])
-                    rung.res.shortcut.bias.zero_()
-                rungs.append(rung)
+                    block.res.shortcut.weight.copy_(eyes[:, :, None, None])
+                    block.res.shortcut.bias.zero_()
+                blocks.append(block)
                 c = width
-        self.decoder = nn.ModuleList(rungs)
+        self.decoder = nn.ModuleList(blocks)
         self.norm_out = nn.GroupNorm(cfg.groups, c, eps=1e-5)
         self.conv_out = nn.Conv2d(c, cfg.out_channels, 3, padding=1)
         zero(self.conv_out)
@@ -56,14 +54,14 @@ class UNet(nn.Module):
         t        (b,) timesteps, 0 to 999
         context  from `self.context`
         inject   (decoder block, its input before the skip) -> that input with the garment in it
-        ->       the predicted noise (b,out_channels,y,x)
+        ->       the prediction (b,out_channels,y,x): eps, or v where the preset says so (UniFashionConfig.prediction)
         """
         emb = self.time_embed(t)
         context_kv = iter(context)
         skips = self.encoder.down(x, emb, context_kv)
         x = self.encoder.middle(skips[-1], emb, context_kv)
-        for i, rung in enumerate(self.decoder):
+        for i, block in enumerate(self.decoder):
             if inject is not None:
                 x = inject(i, x)
-            x = rung(torch.cat([x, skips.pop()], dim=1), emb, context_kv)
+            x = block(torch.cat([x, skips.pop()], dim=1), emb, context_kv)
         return self.conv_out(F.silu(self.norm_out(x)))

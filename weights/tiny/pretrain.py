@@ -1,9 +1,12 @@
 """Train the stand-ins for what FULL downloads: the VAE, the ViT, and the Q-Former's vocabulary, all on ToyFashion.
 
-    python -m weights.tiny.pretrain vocab|vae|vit --data data/toy --out runs/vae
+    python -m weights.tiny.pretrain vocab|vae|vit --data data/toy    writes over its file in weights/tiny/
     python -m weights.tiny.pretrain ship --init runs/tryon      the best of a run -> weights/tiny/model.safetensors, losses.png
 
-The VAE learns to give pictures back: |x - x'| + 5 (x - x')^2 + |grad x - grad x'| + KL. The ViT, which stands in for EVA-CLIP, learns to
+model.safetensors knows which ViT, VAE and vocabulary it was trained with, and is not loaded beside others: it then has to be
+trained anew. --out, runs/PART if not given, holds checkpoints and curves.
+
+The VAE learns to give pictures back: |x - x'| + 5 (x - x')^2 + half of |grad x - grad x'| + 2e-7 KL, all means. The ViT, which stands in for EVA-CLIP, learns to
 name a garment's attributes from its photograph (several views) and its shape from its sketch; its heads are thrown away.
 Only the training split is read.
 """

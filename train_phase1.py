@@ -174,7 +174,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         see = lambda batch: encode(model, to_device(batch))  # noqa: E731
         return map(to_device, training.batches(data, order, see, cache, args.workers))
 
-    if stage == "generate" and "image_adapter" not in modules and not resume:
+    if stage == "generate" and "image_adapter" not in modules:  # a checkpoint is loaded over this
         few = training.batch_order(len(train_set), size, args.seed, 0, 8)
         with training.autocast(device, args.dtype):
             model.start_adapter(torch.cat([batch["z"] for batch in feed(train_set, few, False)]))

@@ -189,6 +189,20 @@ def test_an_adapter_that_nothing_has_trained_starts_from_its_data_and_a_trained_
     assert adapters[0].norm() > 3 * untouched.norm()
 
 
+@pytest.mark.parametrize("stage", ["generate", "tryon"])
+def test_a_run_resumed_before_its_first_checkpoint_starts_as_the_first_did(stage, place):
+    for name, more in (("whole", []), ("killed", ["--resume"])):
+        if more:
+            (place / name).mkdir()
+            shutil.copy(place / "whole/config.json", place / name)
+        run(stage, place, name, "--steps", "1", *more)
+    whole, killed = (load_file(place / d / "last/model.safetensors") for d in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    if stage == "tryon":  # and the garment's encoder began as the U-Net's
+        ours, theirs = (whole[f"{part}.encoder.blocks.0.weight"] for part in ("garment", "unet"))
+        torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=0)
+
+
 def test_a_run_killed_while_it_saves_can_be_resumed(place):
     run("align", place, "killed", "--steps", "1")
     last = place / "killed/last"

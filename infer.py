@@ -43,10 +43,8 @@ def tryon(args: argparse.Namespace) -> None:
     notes: list[str] = []  # what was decided for the user
     if args.preset is None:
         args.preset = default_preset(args.weights)
-        holds = "holds" if args.preset == "full" else "does not hold"
-        notes.append(
-            f"preset {args.preset}: {args.weights or folder_of('full')} {holds} the original weights"
-        )
+        holds = "holds a" if args.preset == "full" else "holds no"
+        notes.append(f"preset {args.preset}: {args.weights or folder_of('full')} {holds} trained full model")
     cfg, folder = PRESETS[args.preset], folder_of(args.preset, args.weights)
     device = training.pick_device(args.device)
     args.device = device.type
@@ -97,8 +95,6 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--guidance is {args.guidance}, must be a number from 0 up")
     if not 1 <= args.num <= 64:
         raise UserError(f"--num is {args.num}, must be 1 to 64: they run as one batch")
-    if args.text is not None and not args.text.strip():
-        raise UserError("--text is empty: say what the garment is like, or leave it out")
 
 
 def result_paths(args: argparse.Namespace) -> list[Path]:
@@ -161,10 +157,13 @@ def read_inputs(
         pose = pose.resize(mask.size)
     inputs = person_tensors(person, mask, pose, cfg) | garment_tensors(garment, args.sketch is not None, cfg)
     inputs = {name: x[None] for name, x in inputs.items()}
-    if args.text:
-        if words.is_cut(args.text, cfg.qformer.max_text) or len(args.text.split()) > 50:
+    if args.text is not None:
+        text = blip_caption(args.text, max_words=len(args.text))
+        if not words.tokenize(text):
+            raise UserError("--text is empty: say what the garment is like, or leave it out")
+        if words.is_cut(text, cfg.qformer.max_text) or blip_caption(text) != text:
             notes.append(f"--text is too long: the model reads its first {cfg.qformer.max_text - 2} tokens")
-        inputs["ids"], inputs["text_mask"] = words.encode([blip_caption(args.text)], cfg.qformer.max_text)
+        inputs["ids"], inputs["text_mask"] = words.encode([blip_caption(text)], cfg.qformer.max_text)
     return inputs
 
 

@@ -12,7 +12,8 @@ from sketch and text. Pictures are pasted outside the mask as `infer.py` does, t
                       each over the cases whose condition tells it (`eval.judge.told`)
     IoU               garment pixels, found by the judge, against the true garment's
     PSNR          dB  on the true garment's pixels, mean over pictures (an exact copy counts as 99)
-    changed           pixels outside the mask that are not the person's, in all pictures together
+    changed           pixels outside the mask that are not the person's, in all pictures together: 0 by construction here,
+                      where the mask pastes them; what `infer.py` writes is held to it by tests/test_infer.py
 
 Beside the outputs: the truth, the truth through the VAE (the ceiling), and three controls: the garments shuffled between
 cases, no condition at all (null context, no garment), and the person unchanged. Intervals: 95 %, bootstrap over cases (of

@@ -95,6 +95,11 @@ def test_the_colour_profile_of_the_person_stays_unless_it_is_no_rgb(room: Path):
         photo(room / "p.png", (60, 80), 1).save(room / "p.png", icc_profile=profile)
         assert tryon(room, "--person", "p.png") == 0
         assert (Image.open(room / "out.png").info.get("icc_profile") == profile) is kept
+    glass = Image.open(room / "p.png").convert("RGBA")
+    glass.putalpha(100)
+    glass.save(room / "glass.png", icc_profile=b"\0" * 16 + b"RGB " + b"\0" * 112)
+    assert tryon(room, "--person", "glass.png") == 0
+    assert Image.open(room / "out.png").info["icc_profile"][16:20] == b"RGB "
 
 
 def test_a_mask_of_another_size_is_brought_to_the_persons(room: Path):
@@ -236,6 +241,8 @@ def test_a_text_that_is_too_long_is_cut_and_the_user_told(room: Path, capsys: py
     assert tryon(room, "--text", "red dress " * 5, out="cut.png", quiet=False) == 0
     assert "too long" not in capsys.readouterr().err
     assert (room / "long.png").read_bytes() == (room / "cut.png").read_bytes()
+    assert tryon(room, "--text", "red dress " + "!" * 40, quiet=False) == 0  # cleaned before it is counted
+    assert "too long" not in capsys.readouterr().err
 
 
 # Seeds and several results
@@ -275,7 +282,7 @@ def test_how_many_results_are_asked_for_does_not_change_the_first(room: Path, mo
 def test_what_was_used_is_told(room: Path, capsys: pytest.CaptureFixture):
     assert tryon(room, "--seed", "5", preset=None, quiet=False) == 0
     told = capsys.readouterr()
-    assert f"note: preset tiny: {room}/weights does not hold the original weights" in told.err
+    assert f"note: preset tiny: {room}/weights holds no trained full model" in told.err
     assert "note: no --mask and no --box: the torso box 10,32,80,104 is repainted" in told.err
     assert "2/2" in told.err  # the progress bar
     said = dict(line.split(maxsplit=1) for line in told.out.replace("seconds ", "seconds_").splitlines())

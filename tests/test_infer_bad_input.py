@@ -46,6 +46,7 @@ BAD = {
     "a box of everything": ("OK --box 0,0,90,120", "covers the whole picture"),
     "a text of nothing": ("OK --text ''", "--text is empty"),
     "a text of blanks": ("OK --text '  '", "--text is empty"),
+    "a text of dots": ("OK --text '...'", "--text is empty"),
     "an unknown preset": ("OK --preset huge", "argument --preset: invalid choice: 'huge'"),
     "an unknown sampler": ("OK --sampler euler", "argument --sampler: invalid choice: 'euler'"),
     "an unknown model": ("OK --model sdxl", "argument --model: invalid choice: 'sdxl'"),

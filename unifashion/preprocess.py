@@ -69,8 +69,9 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
             raise ValueError(f"pixel values outside 0..{top}")
         image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image, profile = image.convert("RGBA"), image.info.get("icc_profile")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+        image.info["icc_profile"] = profile
     return image.convert("RGB")
 
 

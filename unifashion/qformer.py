@@ -124,10 +124,12 @@ class QFormer(nn.Module):
         queries  (b,q,dim) to use in place of the learned query tokens; only with an image
         ->       Z (b,q,dim) and text (b,t,dim), each None where its input is
 
-        Raises ValueError for neither image nor text, and for a text without its mask.
+        Raises ValueError for neither image nor text, for a text without its mask, and for queries without an image.
         """
-        if (image is None and ids is None) or (ids is None) != (mask is None):
-            raise ValueError("wanted an image, or a text with its mask, or both")
+        if (image is None and (ids is None or queries is not None)) or (ids is None) != (mask is None):
+            raise ValueError(
+                "wanted an image, or a text with its mask, or both; and queries only with an image"
+            )
         parts = []
         if image is not None:
             parts.append(self.query_tokens.expand(len(image), -1, -1) if queries is None else queries)

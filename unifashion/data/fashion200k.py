@@ -5,9 +5,8 @@ A label line is `women/<category>/<kind>/<product>/<product>_<view>.jpeg<TAB>det
 
 from pathlib import Path
 
-from PIL import Image
-
 from unifashion import UserError
+from unifashion.data import open_image
 
 
 class Fashion200K:
@@ -40,10 +39,5 @@ class Fashion200K:
 
     def __getitem__(self, index: int) -> dict:
         path, text = self.rows[index]
-        with Image.open(self.root / path) as image:
-            return {
-                "image": image.convert("RGB"),
-                "text": text,
-                "path": path,
-                "product": Path(path).parent.name,
-            }
+        image = open_image(self.root / path)
+        return {"image": image, "text": text, "path": path, "product": Path(path).parent.name}

@@ -284,7 +284,9 @@ def ensure(
     It is drawn beside `root` and renamed at the end, so a folder with this name is always complete.
     Raises UserError if `root` holds a world of other settings, or something else.
     """
-    root = Path(root)
+    root = Path(root).resolve()
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root} is a file: ToyFashion wants a folder")
     counts = {"train": train, "val": val, "test": test}
     settings = {"version": VERSION, "seed": seed, "difficulty": difficulty, "counts": counts}
     settings["size"] = list(size)
@@ -299,9 +301,14 @@ def ensure(
         raise UserError(f"{root} exists and is not a ToyFashion folder; name another folder.")
     if 1 in (val, test) or min(counts.values()) < 0:
         raise UserError("--val and --test need 2 items or more: everybody is paired with another's cloth.")
+    if max(counts.values()) > 99_999:
+        raise UserError("a split of more than 99999 items: MGD's captions go by five digits")
     temporary = root.with_name(f"{root.name}.part-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "vitonhd").mkdir(parents=True)
+    try:
+        (temporary / "vitonhd").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{root} cannot be made: {error}") from None
     jobs = jobs_of(temporary, seed, difficulty, counts, size)
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
     try:

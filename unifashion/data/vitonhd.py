@@ -5,6 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 from unifashion import UserError
+from unifashion.data import open_image
 
 FOLDERS = ("image", "agnostic-v3.2", "agnostic-mask", "image-densepose", "cloth")
 
@@ -51,5 +52,4 @@ class VITONHD:
         }
 
     def open(self, path: str, mode: str = "RGB") -> Image.Image:
-        with Image.open(self.folder / path) as image:
-            return image.convert(mode)
+        return open_image(self.folder / path, mode)

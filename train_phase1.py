@@ -9,6 +9,7 @@ The defaults are the paper's, of the full size; README has the flags that the ti
 """
 
 import argparse
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -25,11 +26,16 @@ from unifashion.model import UniFashion
 from unifashion.preprocess import qformer_image
 from unifashion.tokenizers import WordPiece, blip_caption
 from unifashion.tryon import unet_picture
-from weights.load import load_public, tokenizer
+from weights.load import company, load_public, tokenizer
 
 TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
     "align": ["qformer.*"],  # with ln_vision, query tokens, projections, ITM head, temperature
-    "generate": ["image_adapter.*", "null_context", "unet.*"],  # Sec. 3.1.2: the Q-Former is frozen
+    "generate": [
+        "image_adapter.*",
+        "style_adapter.*",
+        "null_context",
+        "unet.*",
+    ],  # Sec. 3.1.2: the Q-Former is frozen
 }
 DEFAULTS = {  # align: the official code's; generate: the paper's appendix B
     "align": {
@@ -146,11 +152,14 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in DEFAULTS[stage].items()
     }
     encode, loss_of = STAGES[stage]
-    device, stop = training.pick_device(args.device), training.Stop()
+    device = training.pick_device(args.device)
     runs.check_out(out, resume)
+    before = runs.asked_before(out, resume)
+    init = init or before.get("init")
     torch.manual_seed(args.seed)  # what no file holds starts random
     model = load_public(args.preset, args.weights, device)
-    modules = runs.load_learned(model, runs.model_file(init)) if init else []
+    fresh = init and not runs.has_checkpoint(out)
+    modules = runs.load_learned(model, runs.model_file(Path(init))) if fresh else []
     parameters = training.set_trainable(model, TRAINABLE[stage])
     training.train_mode(model, parameters)
     # A temperature that follows a large learning rate sharpens ITC until ITM's gradient is lost beside it.
@@ -166,8 +175,19 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
     size, accumulate = hparams["batch_size"], args.accumulate
     if stage == "align" and size < 2:
         raise UserError("--batch-size is 1: align finds a picture's wrong texts in its batch, 2 at least")
-    steps = training.planned_steps(args, hparams, len(train_set))
-    runs.start_run(out, {**vars(args), **hparams, "stage": stage, "steps": steps}, resume)
+    steps = training.planned_steps(args, hparams, len(train_set), before)
+    runs.start_run(
+        out,
+        {
+            **vars(args),
+            **hparams,
+            "stage": stage,
+            "steps": steps,
+            "init": init,
+            "company": company(args.preset, args.weights),
+        },
+        resume,
+    )
 
     def feed(data: Dataset, order: Iterator[list[int]], cache: bool) -> Iterator[dict[str, Tensor]]:
         to_device = lambda batch: {k: v.to(device) for k, v in batch.items()}  # noqa: E731
@@ -203,6 +223,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         len(train_set), size, args.seed, state["step"] * accumulate, steps * accumulate
     )
     stream = feed(train_set, order, args.cache)
+    stop = training.Stop()
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=stage, mininterval=1)
     clock, logged = time.perf_counter(), state["step"]
     for step in bar:
@@ -224,6 +245,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         if step % 20 == 0 or done:
             shown = {name: round(float(value.detach()), 4) for name, value in parts.items()}
             bar.set_postfix(shown)
+            runs.check_finite(out, step, shown)
             seconds = round((time.perf_counter() - clock) / (step + 1 - logged), 3)
             clock, logged = time.perf_counter(), step + 1
             runs.log_line(
@@ -267,13 +289,16 @@ def main(argv: list[str] | None = None) -> None:
     training.check_arguments(args, stages, "--stage")
     training.fast_malloc()
     init = args.init
+    begun = [stage for stage in stages if (args.out / stage / "config.json").is_file()]
+    if len(stages) > 1 and args.resume and not begun:
+        raise UserError(f"nothing to resume: {args.out} holds no run")
     for stage in stages:
         out, resume = args.out, args.resume
         if len(stages) > 1:  # a stage that had not begun when the others were stopped begins now
             out = args.out / stage
-            resume = args.resume and (out / "config.json").is_file()
+            resume = args.resume and stage in begun
         if not train(stage, args, init, out, resume):
-            break
+            sys.exit(130)  # as a shell says it of what Ctrl-C ended
         init = out
 
 

@@ -11,6 +11,7 @@ The defaults are the paper's, of the full size; README has the flags that the ti
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +27,10 @@ from unifashion.data.vitonhd import VITONHD
 from unifashion.model import UniFashion
 from unifashion.tokenizers import WordPiece, blip_caption
 from unifashion.tryon import garment_tensors, person_tensors, unet_picture
-from weights.load import load_public, tokenizer
+from weights.load import company, load_public, tokenizer
 
 TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
-    "tryon": ["image_adapter.*", "null_context", "unet.*", "garment.*"],
+    "tryon": ["image_adapter.*", "style_adapter.*", "null_context", "unet.*", "garment.*"],
 }
 DEFAULTS = {  # the paper's appendix B
     "tryon": {
@@ -42,7 +43,7 @@ DEFAULTS = {  # the paper's appendix B
     },
 }
 # What the Q-Former and the garment encoder may be given, and how often, where a data set has sketches and texts.
-CONDITIONS = {"cloth": 0.4, "cloth+text": 0.1, "sketch+text": 0.4, "sketch": 0.1}
+CONDITIONS = {"cloth": 0.3, "cloth+text": 0.1, "sketch+text": 0.5, "sketch": 0.1}
 # Left out at random. context: for guidance, as latent diffusion does; pose: infer.py may have none; hint: a garment that
 # only the Q-Former read. The paper gives no numbers.
 DROP = {"context": 0.2, "pose": 0.1, "hint": 0.1}
@@ -138,16 +139,20 @@ def pairs_of(part: VITONHD | MGD) -> list[tuple[str, str]]:
     return part.photos.pairs if isinstance(part, MGD) else part.pairs
 
 
-def train(task: str, args: argparse.Namespace) -> None:
+def train(task: str, args: argparse.Namespace) -> bool:
+    """-> whether it came to its end: False after Ctrl-C."""
     hparams = {
         k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in DEFAULTS[task].items()
     }
     encode, loss_of = TASKS[task]
-    device, stop, out = training.pick_device(args.device), training.Stop(), args.out
+    device, out = training.pick_device(args.device), args.out
     runs.check_out(out, args.resume)
+    before = runs.asked_before(out, args.resume)
+    init = args.init or before.get("init")
     torch.manual_seed(args.seed)  # what no file holds starts random
     model = load_public(args.preset, args.weights, device)
-    modules = runs.load_learned(model, runs.model_file(args.init)) if args.init else []
+    fresh = init and not runs.has_checkpoint(out)
+    modules = runs.load_learned(model, runs.model_file(Path(init))) if fresh else []
     if model.garment.untrained:  # a run that goes on loads what it had over this
         model.garment.start_from(model.unet.encoder, model.unet.time_embed)
     parameters = training.set_trainable(model, TRAINABLE[task])
@@ -159,8 +164,19 @@ def train(task: str, args: argparse.Namespace) -> None:
     scenes = Scenes(open_data(args.data), model, tokenizer(args.preset, args.weights))
     train_set, val_set = (Subset(scenes, part) for part in training.held_out(scenes.clothes()))
     size, accumulate = hparams["batch_size"], args.accumulate
-    steps = training.planned_steps(args, hparams, len(train_set))
-    runs.start_run(out, {**vars(args), **hparams, "task": task, "steps": steps}, args.resume)
+    steps = training.planned_steps(args, hparams, len(train_set), before)
+    runs.start_run(
+        out,
+        {
+            **vars(args),
+            **hparams,
+            "task": task,
+            "steps": steps,
+            "init": init,
+            "company": company(args.preset, args.weights),
+        },
+        args.resume,
+    )
 
     def feed(data: Dataset, order: Iterator[list[int]], cache: bool) -> Iterator[dict[str, Tensor]]:
         to_device = lambda batch: {k: v.to(device) for k, v in batch.items()}  # noqa: E731
@@ -193,6 +209,7 @@ def train(task: str, args: argparse.Namespace) -> None:
         len(train_set), size, args.seed, state["step"] * accumulate, steps * accumulate
     )
     stream = feed(train_set, order, args.cache)
+    stop = training.Stop()
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=task, mininterval=1)
     clock, logged = time.perf_counter(), state["step"]
     for step in bar:
@@ -210,6 +227,7 @@ def train(task: str, args: argparse.Namespace) -> None:
         if step % 20 == 0 or done:
             shown = {name: round(float(value.detach()), 4) for name, value in parts.items()}
             bar.set_postfix(shown)
+            runs.check_finite(out, step, shown)
             seconds = round((time.perf_counter() - clock) / (step + 1 - logged), 3)
             clock, logged = time.perf_counter(), step + 1
             runs.log_line(
@@ -226,6 +244,7 @@ def train(task: str, args: argparse.Namespace) -> None:
             runs.save_evaluated(out, val, model, modules, optimizer, parameters, ema, state)
         if done:
             break
+    return not stop.asked
 
 
 @torch.no_grad()
@@ -253,7 +272,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     training.check_arguments(args, [args.task], "--task")
     training.fast_malloc()
-    train(args.task, args)
+    if not train(args.task, args):
+        sys.exit(130)  # as a shell says it of what Ctrl-C ended
 
 
 if __name__ == "__main__":

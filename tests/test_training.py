@@ -41,7 +41,9 @@ def test_two_steps_and_a_resumed_two_are_four_steps_bit_for_bit(stage, place):
 
 
 @pytest.mark.parametrize(
-    "more", [["--cache"], ["--accumulate", "2"], []], ids=["cache", "accumulate", "plain"]
+    "more",
+    [["--cache", "--dtype", "bf16"], ["--cache"], ["--accumulate", "2"], []],
+    ids=["bf16", "cache", "accumulate", "plain"],
 )
 def test_a_run_with_dropout_resumes_bit_for_bit(more, place, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", replace(TINY, qformer=replace(TINY.qformer, dropout=0.1)))
@@ -107,7 +109,7 @@ def test_stopped_in_one_stage_the_next_does_not_begin_and_goes_on_when_asked(pla
 
 
 def test_the_best_is_the_one_with_the_lowest_loss_on_what_was_held_out(place, monkeypatch):
-    values, calls, saved = [3.0, 1.0, float("nan"), 2.0], [], []
+    values, calls, saved = [3.0, 1.0, 1.5, 2.0], [], []
     encode, loss_of = train_phase1.STAGES["align"]
     save = runs.save_checkpoint
 
@@ -126,7 +128,115 @@ def test_the_best_is_the_one_with_the_lowest_loss_on_what_was_held_out(place, mo
     run("align", place, "best", "--steps", "4", "--eval-every", "1")
     assert saved == [("best", 1), ("last", 1), ("best", 2), ("last", 2), ("last", 3), ("last", 4)]
     assert state(place / "best")["best"] == 1.0
-    assert (place / "best/losses.png").exists()  # drawn in spite of nan
+    assert (place / "best/losses.png").exists()
+
+
+def test_a_run_that_diverges_ends_in_one_line_and_leaves_what_was_sound(place, monkeypatch):
+    encode, loss_of = train_phase1.STAGES["align"]
+
+    def nan_later(model, batch, seed, step, progress):
+        parts = loss_of(model, batch, seed, step, progress)
+        return {name: loss * (float("nan") if step == 20 else 1.0) for name, loss in parts.items()}
+
+    monkeypatch.setitem(train_phase1.STAGES, "align", (encode, nan_later))
+    with pytest.raises(UserError, match="itc is nan at step 20: the run diverged"):
+        run("align", place, "wild", "--steps", "30", "--eval-every", "15")
+    assert state(place / "wild")["step"] == 15
+    tensors = load_file(place / "wild/last/model.safetensors")
+    assert all(t.isfinite().all() for t in tensors.values())
+    tensors["qformer.query_tokens"][:] = float("nan")
+    save_file(tensors, place / "nan.safetensors")
+    with pytest.raises(UserError, match="qformer.query_tokens is not finite"):
+        run("generate", place, "after", "--steps", "1", "--init", str(place / "nan.safetensors"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_sample_that_is_learned_from_is_among_those_that_choose_the_best(stage, place, monkeypatch):
+    module, seen = STAGES[stage], {True: set(), False: set()}
+    tasks = module.TASKS if stage == "tryon" else module.STAGES
+    encode, loss_of = tasks[stage]
+    learning = []
+
+    def note(model, batch):
+        picture = batch["person" if stage == "tryon" else "picture"]
+        seen[bool(learning)] |= {tuple(x.flatten()[::97].tolist()) for x in picture}
+        return encode(model, batch)
+
+    monkeypatch.setitem(tasks, stage, (note, loss_of))
+    real = training.averaged  # evaluations happen inside
+
+    def during(ema):
+        learning.clear()
+        return real(ema)
+
+    monkeypatch.setattr(training, "averaged", during)
+    zero_grad = torch.optim.AdamW.zero_grad
+
+    def stepped(optimizer, **kw):
+        zero_grad(optimizer, **kw)
+        learning.append(1)
+
+    learning.append(1)
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", stepped)
+    run(stage, place, "apart", "--steps", "6", "--eval-every", "6")
+    assert seen[True] and seen[False] and not seen[True] & seen[False]
+
+
+def test_negatives_harden_and_the_temperature_keeps_its_bounds(monkeypatch):
+    model, hardness = UniFashion(TINY), []
+    batch = {"features": torch.randn(4, 3, TINY.vit.dim), "ids": torch.arange(4)[:, None].repeat(1, 4)}
+    batch |= {"mask": torch.ones(4, 4), "product": torch.arange(4)}
+    real = losses.hard_negatives
+    monkeypatch.setattr(
+        losses, "hard_negatives", lambda sim, *rest: (hardness.append(sim.abs().max()), real(sim, *rest))[1]
+    )
+    for progress in (0.0, 0.25, 0.5, 1.0):
+        train_phase1.align_losses(model, batch, 0, 0, progress)
+    torch.testing.assert_close(torch.stack(hardness) / hardness[-1], torch.tensor([0.0, 0.5, 1.0, 1.0]))
+    for wild, kept in ((9.0, 0.5), (-1.0, 0.001)):
+        model.qformer.temp.data.fill_(wild)
+        train_phase1.align_losses(model, batch, 0, 0, 1.0)
+        assert model.qformer.temp.item() == pytest.approx(kept)
+
+
+def test_a_run_needs_no_git(place, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    run("align", place, "archive", "--steps", "1")
+    assert state(place / "archive")["commit"] == "unknown"
+
+
+def test_a_run_that_goes_on_remembers_what_it_started_from_and_how_long_it_is(place):
+    run("align", place, "first", "--steps", "1")
+    run("generate", place, "whole", "--steps", "2", "--init", str(place / "first"))
+    run("generate", place, "killed", "--steps", "2", "--init", str(place / "first"))
+    for folder in ("last", "best"):  # before its first checkpoint
+        shutil.rmtree(place / "killed" / folder)
+    run("generate", place, "killed", "--resume")
+    whole, killed = (load_file(place / d / "last/model.safetensors") for d in ("whole", "killed"))
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert state(place / "killed")["step"] == 2
+    shutil.rmtree(place / "first")  # not needed any more
+    run("generate", place, "killed", "--steps", "3", "--resume")
+    assert json.loads((place / "killed/config.json").read_text())["init"] == str(place / "first")
+
+
+def test_only_a_run_with_the_shipped_frozen_files_is_shipped_with_the_curves_of_its_own_past(
+    place, monkeypatch
+):
+    monkeypatch.setattr(pretrain, "HERE", place / "weights")
+    drawn = []
+    monkeypatch.setattr(runs, "draw_curves", lambda chain, path: drawn.append([run.name for run in chain]))
+    run("align", place, "a", "--steps", "1")
+    run("tryon", place, "b", "--steps", "1", "--init", str(place / "a"))
+    weights = place / "own"
+    shutil.copytree(place / "weights", weights)
+    monkeypatch.setattr(pretrain, "HERE", weights)
+    drawn.clear()
+    pretrain.main(["ship", "--init", str(place / "b")])
+    assert drawn == [["a", "b"]] and (weights / "model.safetensors").is_file()
+    (weights / "bert_vocab.txt").write_text("[PAD]\n")
+    with pytest.raises(UserError, match="was trained with another bert_vocab.txt"):
+        pretrain.main(["ship", "--init", str(place / "b")])
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -136,8 +246,8 @@ def test_the_table_at_the_top_says_what_learns(stage, place):
     after = load_file(place / "learns/last/model.safetensors")
     learned = training.set_trainable(UniFashion(TINY), STAGES[stage].TRAINABLE[stage])
     never_read = {
-        "garment.encoder.middle",  # no attention block reads the coarsest features: they are not even computed
-        *(f"garment.encoder.blocks.{i}." for i in range(5, 8)),
+        "garment.encoder.middle",  # nothing reads the coarsest features: they are not even computed
+        *(f"garment.encoder.blocks.{i}." for i in range(len(before.garment.control_convs), 8)),
     }
     optimizer = load_file(place / "learns/last/optimizer.safetensors")
     for name, tensor in before.state_dict().items():
@@ -203,6 +313,15 @@ def test_a_run_resumed_before_its_first_checkpoint_starts_as_the_first_did(stage
         torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=0)
 
 
+def test_a_garment_encoder_that_was_trained_is_not_started_again(place):
+    run("tryon", place, "first", "--steps", "3", "--lr", "0.01")
+    run("tryon", place, "second", "--steps", "1", "--lr", "1e-9", "--init", str(place / "first"))
+    first, second = (load_file(place / d / "last/model.safetensors") for d in ("first", "second"))
+    name = "encoder.blocks.1.res.conv1.weight"
+    torch.testing.assert_close(second[f"garment.{name}"], first[f"garment.{name}"], atol=1e-6, rtol=0)
+    assert (second[f"garment.{name}"] - second[f"unet.{name}"]).abs().max() > 1e-3
+
+
 def test_a_run_killed_while_it_saves_can_be_resumed(place):
     run("align", place, "killed", "--steps", "1")
     last = place / "killed/last"
@@ -210,6 +329,10 @@ def test_a_run_killed_while_it_saves_can_be_resumed(place):
     (place / "killed/last.new").mkdir()
     run("align", place, "killed", "--steps", "2", "--resume")
     assert state(place / "killed")["step"] == 2
+    assert [row["step"] for row in read_metrics(place / "killed") if "itc" in row] == [
+        0,
+        1,
+    ]  # it did not start again
 
 
 def test_the_cache_changes_nothing_but_float16_rounding(place):
@@ -333,6 +456,9 @@ def test_a_dropped_context_is_the_null_vector_for_that_sample_only():
         (["--data", "toy", "--steps", "5", "--epochs", "1"], "not both"),
         (["--data", "toy", "--stage", "all", "--lr", "0.1"], "name one with --stage"),
         (["--data", "toy", "--device", "abacus"], "unknown device"),
+        (["--data", "toy", "--workers", "-1"], "--workers is -1"),
+        (["--data", "toy", "--seed", "-1"], "--seed is -1"),
+        (["--data", "toy", "--stage", "all", "--resume"], "nothing to resume"),
         (["--data", "fashion200k=nowhere", "--stage", "align"], "lacks labels"),
         (["--data", "toy", "--stage", "align", "--init", "nowhere"], "neither a run folder"),
     ],
@@ -342,6 +468,28 @@ def test_wrong_arguments_are_one_line(arguments, told, place):
     arguments = [a.replace("toy", f"toy={place / 'toy'}") if a == "toy" else a for a in arguments]
     with pytest.raises(UserError, match=told):
         train_phase1.main([*arguments, *common])
+    assert not (place / "wrong").exists()
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(place):
+    (place / "file").write_text("")
+    with pytest.raises(UserError, match="file is not a folder that can be written"):
+        run("align", place, "file/run", "--steps", "1")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_damaged_picture_of_the_data_is_one_line_even_from_a_worker(workers, place, capsys):
+    damaged = place / "damaged"
+    shutil.copytree(place / "toy", damaged)
+    for path in damaged.glob("vitonhd/train/cloth/*"):
+        path.write_bytes(path.read_bytes()[:300])
+    data = ["--data", f"toy={damaged}", "--preset", "tiny", "--weights", str(place / "weights")]
+    rest = ["--out", str(place / "out"), *SMALL, "--workers", workers, "--steps", "1"]
+    with pytest.raises(SystemExit) as left:
+        training.run(lambda: train_phase2.main([*data, *rest]))
+    told = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and len(told) == 1
+    assert f"{damaged}/vitonhd/train/cloth/" in told[0] and "cannot be read as an image" in told[0]
 
 
 def test_a_used_run_folder_is_not_written_over(place):
@@ -417,7 +565,7 @@ def encoded(seed: int) -> dict[str, torch.Tensor]:
 
 
 class stopped_after:
-    """Within, a run is asked to stop after so many steps, as by Ctrl-C."""
+    """Within, a run is asked to stop after so many steps, as by Ctrl-C: it must leave with a shell's code for that."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -436,8 +584,10 @@ class stopped_after:
 
         self.patch.setattr(torch.optim.AdamW, "zero_grad", counted)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> bool:
         self.patch.undo()
+        assert error is not None, "the run was not stopped"
+        return kind is SystemExit and error.code == 130
 
 
 @pytest.fixture(scope="module")

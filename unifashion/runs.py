@@ -33,7 +33,6 @@ MAY_CHANGE = (
     "weights",
     "device",
     "workers",
-    "cache",
     "eval_every",
     "steps",
     "epochs",
@@ -46,25 +45,33 @@ def check_out(out: Path, resume: bool) -> None:
         raise UserError(f"{out} is a file: --out wants a folder")
     if resume and not (out / "config.json").is_file():
         raise UserError(f"nothing to resume: {out} holds no run")
-    if not resume and out.exists() and any(out.iterdir()):
+    begun = {p.name for p in out.iterdir()} - {"config.json.new"} if out.exists() else set()  # killed at once
+    if not resume and begun:
         raise UserError(f"{out} is not empty: say --resume to go on with it, or name another --out")
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{out} cannot be made: {there} is not a folder that can be written")
+
+
+def asked_before(out: Path, resume: bool) -> dict:
+    """config.json of the run that goes on, which says what need not be said again: --init and --steps."""
+    return json.loads((out / "config.json").read_text()) if resume else {}
 
 
 def start_run(out: Path, config: dict, resume: bool) -> None:
     """Write config.json. Raises UserError, before writing, where a run that goes on is asked for other than it began with."""
     check_out(out, resume)
     config = json.loads(json.dumps(config, default=str))
-    if resume:
-        before = json.loads((out / "config.json").read_text())
+    if before := asked_before(out, resume):
         for name in before.keys() & config.keys() - set(MAY_CHANGE):
             if before[name] != config[name]:
                 flag, was = name.replace("_", "-"), before[name]
                 raise UserError(f"{out} was started with {flag} {was}, not {config[name]}: repeat its flags")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "samples").mkdir(exist_ok=True)
     new = out / "config.json.new"
     new.write_text(json.dumps(config, indent=1))
     new.replace(out / "config.json")
+    (out / "samples").mkdir(exist_ok=True)
 
 
 def save_sheet(rows: list[Tensor], path: Path) -> None:
@@ -183,8 +190,9 @@ def save_evaluated(
     ema: EMA | None,
     state: dict,
 ) -> None:
-    """After an evaluation: `last`, and `best` if `val` is the lowest so far (nan never is); the log; then the curves."""
+    """After an evaluation: `last`, and `best` if `val` is the lowest so far; the log; then the curves."""
     log_line(out, step=state["step"] - 1, val=val)
+    check_finite(out, state["step"], {"val": val})
     better = val < state["best"]
     if better:
         state["best"] = val
@@ -193,6 +201,19 @@ def save_evaluated(
     ):  # killed between the two, the run makes `best` again
         save_checkpoint(out / folder, model, modules, optimizer, parameters, ema, state)
     draw_curves([out], out / "losses.png")
+
+
+def check_finite(out: Path, step: int, losses: dict[str, float]) -> None:
+    """Raise UserError if a loss is not a number: the checkpoints on disk are from before that."""
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} is {value} at step {step}: the run diverged. {out}/last is from before; a lower --lr may help"
+            )
+
+
+def has_checkpoint(out: Path) -> bool:
+    return any((out / name).exists() for name in ("last", "last.old"))  # killed between two renames: .old
 
 
 def load_checkpoint(
@@ -244,6 +265,8 @@ def load_learned(model: nn.Module, path: Path) -> list[str]:
             raise UserError(
                 f"{path}: {k} has shape {tuple(v.shape)}, this preset wants {tuple(own[k].shape)}"
             )
+        if not v.isfinite().all():
+            raise UserError(f"{path}: {k} is not finite: the run that wrote it diverged")
     missing = sorted(wanted.keys() - tensors.keys())
     if missing:
         raise UserError(f"{path}: {missing[0]} is missing")
@@ -254,11 +277,11 @@ def load_learned(model: nn.Module, path: Path) -> list[str]:
 
 
 def git_commit() -> str:
-    asked = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-    )
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git here: the code came as an archive
+        return "unknown"
     return asked.stdout.strip() or "unknown"
 
 

@@ -87,6 +87,10 @@ def check_arguments(args: argparse.Namespace, stages: list[str], flag: str) -> N
             )
     if args.accumulate < 1 or args.eval_every < 1:
         raise UserError("--accumulate and --eval-every must be at least 1")
+    if args.workers < 0:
+        raise UserError(f"--workers is {args.workers}, must be 0 or more")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed is {args.seed}, must be 0 to {2**32 - 1}")
 
 
 def name_and_path(name: str, known: tuple[str, ...]) -> tuple[str, Path]:
@@ -119,8 +123,9 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's main: what the user got wrong is one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except UserError as error:  # from a DataLoader's worker it comes with the worker's traceback before it
+        told = str(error).strip().splitlines()[-1].removeprefix("unifashion.UserError: ")
+        print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -166,7 +171,6 @@ def batches(
     computes the same bits.
     """
     if not cache:
-        order = list(order)
         for batch in DataLoader(samples, batch_sampler=order, num_workers=workers):
             yield encode(batch)
         return
@@ -179,7 +183,7 @@ def batches(
             for j, i in enumerate(members):
                 kept[i] = {k: _shrink(v[j]) for k, v in features.items()}
         rows = [kept[i] for i in indices]
-        yield {k: _grow(torch.stack([row[k] for row in rows])) for k in rows[0]}
+        yield {k: torch.stack([_grow(row[k]) for row in rows]) for k in rows[0]}
 
 
 def _shrink(x: Tensor) -> Tensor:
@@ -210,11 +214,17 @@ def train_mode(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         module.train(name in learning)
 
 
-def planned_steps(args: argparse.Namespace, hparams: dict, samples: int) -> int:
-    """--steps, or --epochs over so many samples, or the default of either. Raises UserError where that comes to nothing."""
+def planned_steps(args: argparse.Namespace, hparams: dict, samples: int, before: dict) -> int:
+    """
+    --steps, or --epochs over so many samples, or what the run that goes on was asked for `before`, or the default.
+
+    Raises UserError where that comes to nothing.
+    """
     batch, epochs = hparams["batch_size"], args.epochs or hparams["epochs"]
     if samples < batch:
         raise UserError(f"the data set has {samples} samples, fewer than one batch of {batch}")
+    if before and not (args.steps or args.epochs):
+        return before["steps"]
     steps = args.steps or (epochs * samples // (batch * args.accumulate) if epochs else hparams["steps"])
     if not steps:
         raise UserError(f"{epochs} epochs of {samples} samples are less than one step: say --steps")
@@ -279,15 +289,16 @@ def averaged(ema: EMA | None) -> Iterator[None]:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask for the end: the loop finishes its step, saves and leaves."""
+    """Ctrl-C and SIGTERM ask for the end: the loop finishes its step, saves and leaves. Asked again, they end at once."""
 
     def __init__(self) -> None:
         self.asked = False
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self._ask)
 
-    def _ask(self, *_: object) -> None:
+    def _ask(self, signum: int, _: object) -> None:
         self.asked = True
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def fast_malloc() -> None:

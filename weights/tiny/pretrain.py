@@ -13,6 +13,7 @@ Only the training split is read.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from unifashion.preprocess import qformer_image, unet_image
 from unifashion.tokenizers import build_vocab
 from unifashion.vae import VAE, kl_divergence
 from unifashion.vit import ViT
-from weights.load import sha256
+from weights.load import company
 
 HERE = Path(__file__).parent
 DEFAULTS = {"vae": {"steps": 5000, "batch": 16, "lr": 1e-3}, "vit": {"steps": 2000, "batch": 32, "lr": 1e-3}}
@@ -138,6 +139,7 @@ def train(
     samples: Dataset = Pictures(root, crop=(64, 48)) if part == "vae" else Attributes(root)
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+    runs.check_out(out, args.resume)
     runs.start_run(out, {"part": part, "steps": steps, "batch": batch, "lr": lr}, args.resume)
     modules = sorted({name.split(".")[0] for name in parameters})
     state, stop = {"step": 0}, training.Stop()
@@ -160,6 +162,7 @@ def train(
         if step % 20 == 0 or done:
             shown = {k: round(float(v.detach()), 4) for k, v in losses.items()}
             bar.set_postfix(shown)
+            runs.check_finite(out, step, shown)
             runs.log_line(out, step=step, **shown)
         if state["step"] % args.eval_every == 0 or done:
             runs.save_checkpoint(out / "last", model, modules, optimizer, parameters, None, state)
@@ -167,7 +170,7 @@ def train(
         if done:
             break
     if stop.asked:
-        return
+        sys.exit(130)
     save_half(getattr(model, part).state_dict(), HERE / f"{part}.safetensors")
     if part == "vae":
         report_vae(model.vae.eval(), Pictures(root), out)
@@ -225,12 +228,20 @@ def main(argv: list[str] | None = None) -> None:
         best = args.init / "best" / "model.safetensors"
         if not best.is_file():
             raise UserError(f"{best} is missing: --init wants the run folder of train_phase2.py")
-        stages = [args.init.with_name(name) for name in ("vae", "vit", "align", "generate", "tryon")]
-        runs.draw_curves([run for run in stages if run.is_dir()], HERE / "losses.png")
-        beside = {
-            name: sha256(HERE / name) for name in ("vit.safetensors", "vae.safetensors", "bert_vocab.txt")
-        }
+        beside = company("tiny", HERE)
+        config = json.loads((args.init / "config.json").read_text())
+        for name, digest in beside.items():
+            if config["company"].get(name) != digest:
+                raise UserError(f"{args.init} was trained with another {name} than {HERE / name}")
+        stages = [args.init]  # and what it started from, and what started from, ...
+        while before := json.loads((stages[0] / "config.json").read_text())["init"]:
+            stages.insert(0, Path(before))
+        frozen = [run for run in map(args.init.with_name, ("vae", "vit")) if run.is_dir()]
+        runs.draw_curves([*frozen, *stages], HERE / "losses.png")
         return save_half(load_file(best), HERE / "model.safetensors", beside)
+    for flag in ("steps", "batch_size", "eval_every"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} is {value}, must be positive")
     root = training.toy_folder(args.data)
     if args.part == "vocab":
         return write_vocab(root)

@@ -500,7 +500,9 @@ def weights(tmp_path_factory, world) -> Path:
             {k: v.contiguous() for k, v in getattr(model, part).state_dict().items()},
             folder / f"{part}.safetensors",
         )
-    learned = runs.learned_state(model, ["qformer", "image_adapter", "null_context", "unet", "garment"])
+    learned = runs.learned_state(
+        model, ["qformer", "image_adapter", "style_adapter", "null_context", "unet", "garment"]
+    )
     save_file({k: v.contiguous() for k, v in learned.items()}, folder / "model.safetensors")
     vocab = build_vocab([" ".join(toy.PALETTE)])
     (folder / "bert_vocab.txt").write_text("\n".join(vocab) + "\n")

@@ -17,7 +17,7 @@ from unifashion.blocks import UNetConfig
 from unifashion.garment import GarmentEncoder
 from unifashion.unet import UNet
 from unifashion.vae import VAE, VAEConfig
-from weights.garment import STABLEVITON, load_stableviton
+from weights.garment import STABLEVITON, load_stableviton, with_control_convs
 from weights.rename import load_into
 
 GOLDEN, VAE_GOLDEN = load("stableviton"), load("vae")
@@ -69,6 +69,8 @@ def test_the_predicted_noise_equals_the_original(context, outputs):
 
 
 def test_its_sinusoid_is_float32_as_in_the_original(outputs, monkeypatch):
+    ours = blocks.timestep_embedding(T, 32)
+    assert ours.dtype == torch.float32 and ((ours - golden_table(T, 32)).abs() > 1e-7).sum() <= 3
     assert max_difference(outputs["eps"], GOLDEN.outputs["eps_temb64"]) > 1e-7
     freqs = torch.exp(-math.log(10000) * torch.arange(16, dtype=torch.float64) / 16)
     table = torch.cat([(T[:, None] * freqs).cos(), (T[:, None] * freqs).sin()], dim=-1)
@@ -97,7 +99,7 @@ CODE_FAULTS = {
     "features of two blocks exchanged": (
         garment,
         "GarmentEncoder.inject",
-        "features[-1 - (i - self.first)]",
+        "features[-1 - j]",
         "features[{3: 7, 4: 8}.get(i, 11 - i)]",
     ),
     "the garment goes into the skip, not the stream": (
@@ -158,8 +160,55 @@ def test_a_fresh_garment_encoder_changes_nothing_bit_for_bit():
     assert torch.equal(predict(net, encoder, MANY), alone)
     randomise(encoder.hint_in, seed=1)
     assert torch.equal(predict(net, encoder, MANY), alone)  # the zero convolutions alone close it
-    randomise(encoder.zero_convs, seed=2)
-    assert max_difference(predict(net, encoder, MANY), alone) > 1e-3
+    assert encoder.untrained
+    for opened in ("zero_convs", "control_convs"):
+        encoder = GarmentEncoder(CONFIG).double()
+        randomise(getattr(encoder, opened), seed=2)
+        assert max_difference(predict(net, encoder, MANY), alone) > 1e-3 and not encoder.untrained
+
+
+@torch.no_grad()
+def test_a_control_convolution_adds_the_features_of_its_own_place_and_block():
+    _, encoder, _ = golden_parts()
+    features = encoder(X, T, encoder.context(MANY), HINT)
+    h = {i: torch.zeros(2, *GOLDEN.outputs[f"warp_out_{i - 3}"].shape[1:]).double() for i in (3, 6, 11)}
+    before = {i: encoder.inject(features, None, i, at) for i, at in h.items()}
+    randomise(encoder.control_convs, seed=3)
+    for i, at in h.items():
+        w, b = encoder.control_convs[i - 3].weight[:, :, 0, 0], encoder.control_convs[i - 3].bias
+        added = torch.einsum("oc,bcyx->boyx", w, features[11 - i]) + b[:, None, None]
+        torch.testing.assert_close(encoder.inject(features, None, i, at) - before[i], added)
+
+
+@torch.no_grad()
+def test_attention_carries_the_garment_over_on_the_levels_that_have_it_and_addition_on_all():
+    cfg = UNetConfig(13, channels=32, channel_mult=(1, 2, 1), attention_levels=(0,), heads=4, context_dim=24)
+    encoder = randomise(GarmentEncoder(cfg), seed=0)
+    features = encoder(X, T, encoder.context(MANY), HINT)
+    called: list[int] = []
+    for n, block in enumerate(encoder.blocks):
+        block.register_forward_hook(lambda *_, n=n: called.append(n))
+    net = randomise(UNet(cfg), seed=1)
+
+    def inject(i: int, h: torch.Tensor) -> torch.Tensor:
+        dressed = encoder.inject(features, None, i, h)
+        if i in (3, 4, 5):  # level 1
+            assert torch.equal(dressed, h + encoder.control_convs[i - 3](features[8 - i])) and not called
+        return dressed
+
+    net(X, T, net.context(MANY), inject)
+    assert len(encoder.control_convs) == 6 and called == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_started_from_the_unet_it_is_its_encoder_and_its_sense_of_time():
+    net, encoder = randomise(UNet(CONFIG), seed=0), randomise(GarmentEncoder(CONFIG), seed=1)
+    encoder.start_from(net.encoder, net.time_embed)
+    encoder.hint_in.apply(blocks.zero)
+    kv = iter(net.context(MANY))
+    theirs = net.encoder.down(X, net.time_embed(T), kv)
+    ours = encoder(X, T, encoder.context(MANY), HINT)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=False))
 
 
 def test_a_fresh_garment_encoder_does_not_see_the_garment_but_learns_to():
@@ -203,14 +252,16 @@ def test_the_full_networks_have_exactly_the_tensors_of_the_published_file():
         parts = nn.ModuleDict({"unet": net, "garment": encoder, "vae": vae})
         parts.register_parameter("null_context", nn.Parameter(torch.empty(1, 1, 768)))
     file = published("stableviton")
-    load_into(parts, file, STABLEVITON)
+    load_into(parts, with_control_convs(file, encoder), STABLEVITON)
     position_ids = "cond_stage_model.transformer.vision_model.embeddings.position_ids"
-    load_into(parts, {**file, position_ids: torch.empty(1, 257)}, STABLEVITON)  # as VITONHD_PBE_pose.ckpt
+    pose_file = {**file, position_ids: torch.empty(1, 257)}  # as VITONHD_PBE_pose.ckpt
+    load_into(parts, with_control_convs(pose_file, encoder), STABLEVITON)
 
     in_decoder = count(encoder.blocks) + count(encoder.zero_convs)
     assert count(net) == 859_546_884
     assert count(net) + in_decoder == 1_039_325_444
-    assert count(encoder) - in_decoder == 348_750_720
+    assert count(encoder) - in_decoder - count(encoder.control_convs) == 348_750_720
+    assert len(encoder.blocks) == len(encoder.control_convs) == 9
     assert len([name for name in file if name.startswith("model.diffusion_model.")]) == 938
     assert len([name for name in file if name.startswith("control_model.")]) == 300
     assert len(file) == 1957
@@ -220,6 +271,7 @@ def test_a_whole_file_is_read_into_the_three_parts_and_the_null_vector(tmp_path,
     net, encoder, vae = UNet(CONFIG).double(), GarmentEncoder(CONFIG).double(), VAE(VAE_CONFIG).double()
     null = load_stableviton(write(tmp_path, whole_file()), net, encoder, vae, torch.float64)
     assert torch.equal(null, GOLDEN.weights["learnable_vector"])
+    assert not any(p.any() for p in encoder.control_convs.parameters())
     assert_parity(predict(net, encoder, MANY), GOLDEN.outputs["eps_multi"])
     assert torch.equal(vae.decoder.conv_out.weight, VAE_GOLDEN.weights["decoder.conv_out.weight"])
 
@@ -265,7 +317,8 @@ def golden_parts(weights: dict[str, Tensor] = GOLDEN.weights) -> tuple[UNet, Gar
     """The U-Net, the garment encoder and the null vector (1,1,24) with the golden's weights."""
     parts = nn.ModuleDict({"unet": UNet(CONFIG), "garment": GarmentEncoder(CONFIG)}).double().eval()
     parts.register_parameter("null_context", nn.Parameter(torch.empty(1, 1, 24, dtype=torch.float64)))
-    load_into(parts, {name: tensor.clone() for name, tensor in weights.items()}, TABLE)
+    checkpoint = {name: tensor.clone() for name, tensor in weights.items()}
+    load_into(parts, with_control_convs(checkpoint, parts["garment"]), TABLE)
     return parts["unet"], parts["garment"], parts.null_context
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.parity import assert_parity, randomise
 from unifashion import UserError
-from unifashion.blocks import UNetConfig
+from unifashion.blocks import UNetConfig, zero
 from unifashion.config import PRESETS, UniFashionConfig
 from unifashion.model import UniFashion
 from unifashion.qformer import QFormerConfig
@@ -34,7 +34,7 @@ SMALL = UniFashionConfig(
     unet=UNetConfig(channels=32, channel_mult=(1, 2, 2, 2), heads=4, context_dim=40),
     picture=(64, 48),
 )
-LEARNED = ("qformer", "image_adapter", "null_context", "unet", "garment")
+LEARNED = ("qformer", "image_adapter", "style_adapter", "null_context", "unet", "garment")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,8 @@ def source() -> UniFashion:
     """The model that the files hold; its ViT has values that float16, which the original is stored in, has too."""
     model = randomise(UniFashion(SMALL), 0).float()
     model.vit.half().float()
+    for ours in (model.garment.control_convs, model.style_adapter):  # in no public file: they start at zero
+        ours.apply(zero)
     return model
 
 
@@ -161,18 +163,17 @@ def test_a_model_beside_a_file_it_was_not_trained_with_is_refused(tmp_path: Path
         load_unifashion("tiny", tiny)
 
 
-def test_full_is_the_default_only_where_all_originals_are(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory
+def test_full_is_the_default_where_a_trained_full_model_is_and_what_it_lacks_is_told(
+    source: UniFashion, folder: Path
 ):
-    learned = folder / "unifashion/model.safetensors"
-    if not learned.exists():
-        assert default_preset(folder) == "tiny"  # the originals alone draw nothing yet
-        learned.parent.mkdir(exist_ok=True)
-        learned.touch()
+    assert default_preset(folder) == "tiny"  # the originals alone draw nothing yet
+    write_learned(source, folder, LEARNED)
     assert default_preset(folder) == "full"
-    assert default_preset(tmp_path_factory.mktemp("empty")) == "tiny"
+    (folder / "blip2_pretrained.pth").unlink()  # its part was learned
+    assert default_preset(folder) == "full" and load_unifashion("full", folder)
     (folder / "eva_vit_g.pth").unlink()
-    assert default_preset(folder) == "tiny"
+    with pytest.raises(UserError, match="eva_vit_g.pth"):
+        load_unifashion(default_preset(folder), folder)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +259,7 @@ def write_originals(model: UniFashion, folder: Path) -> None:
     blip2 = original(model.qformer.state_dict(), QFORMER) | {"Qformer.cls.predictions.bias": torch.ones(3)}
     parts = nn.ModuleDict({"unet": model.unet, "garment": model.garment, "vae": model.vae})
     tryon = original({**parts.state_dict(), "null_context": model.null_context.detach()}, STABLEVITON)
+    tryon = {name: tensor for name, tensor in tryon.items() if not name.startswith("control_convs.")}
     for name in [n for n in tryon if n.startswith("model.diffusion_model.output_blocks.2.2.conv")]:
         tryon[name.replace("2.2.conv", "2.1.conv")] = tryon.pop(name)  # the coarsest level has no attention
     tryon |= {

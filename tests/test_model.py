@@ -7,7 +7,7 @@ import torch
 
 from tests.parity import randomise
 from unifashion import diffusion, training
-from unifashion.config import TINY
+from unifashion.config import FULL, TINY
 from unifashion.model import UniFashion
 
 B = 2
@@ -35,6 +35,54 @@ def test_sampling_is_the_trained_network_with_the_context_alone_guided(predictio
         theirs = list(diffusion.plms(eps, noise, 3))
     ours = list(model.sample(noise, scene, context, hint, 3, "plms", guidance))
     torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+def test_full_is_the_published_network_also_in_what_shows_in_no_shape():
+    assert (FULL.vit.heads, FULL.qformer.heads, FULL.unet.heads) == (16, 12, 8)
+    assert (FULL.qformer.max_text, FULL.qformer.queries, FULL.unet.groups, FULL.vae.groups) == (
+        64,
+        32,
+        32,
+        32,
+    )
+    assert (FULL.prediction, FULL.vae.scale, FULL.picture) == ("eps", 0.18215, (512, 384))
+    assert FULL.unet.attention_levels == (0, 1, 2)
+
+
+def test_what_the_qformer_sees_is_normalised_features():
+    model = random_model("eps")[0]
+    picture = torch.randn(B, 3, *TINY.vit.image_size).double()
+    torch.testing.assert_close(model.see(picture), model.qformer.ln_vision(model.vit(picture)))
+    assert (model.see(picture) - model.vit(picture)).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_the_style_starts_at_zero_and_then_reaches_unet_and_garment_encoder():
+    fresh = UniFashion(TINY)
+    assert not fresh.style(torch.randn(B, 5, TINY.unet.context_dim)).any()
+    model, scene, context, hint, x = random_model("eps")
+    t = torch.tensor([5, 980])
+    style = model.style(context)
+    torch.testing.assert_close(style, model.style(context.flip(1)))  # of all tokens alike
+    told = []
+    for net in (model.unet, model.garment):
+        for block in net.encoder.blocks[1:4:2]:
+            block.register_forward_pre_hook(lambda _, given: told.append(given[1]))
+    model.predict_noise(x, t, scene, context, hint)
+    for emb, net in zip(told, (model.garment, model.garment, model.unet, model.unet), strict=True):
+        torch.testing.assert_close(emb, net.time_embed(t) + style)
+
+
+def test_in_bfloat16_guidance_is_counted_in_float32(monkeypatch):
+    model, scene, context, hint, x = random_model("eps")
+    seen = []
+    real = diffusion.guided
+    monkeypatch.setattr(
+        "unifashion.model.guided", lambda *given: (seen.append(given[0].dtype), real(*given))[1]
+    )
+    half = [v.bfloat16() for v in (scene, context, hint)]
+    next(model.bfloat16().sample(x.float(), *half, steps=2, guidance=2.0))
+    assert set(seen) == {torch.float32}
 
 
 def test_q2i_of_v_is_the_error_of_v():
@@ -73,33 +121,6 @@ def test_a_hint_that_is_not_kept_is_no_hint_for_that_sample_only():
     assert (with_ - without).abs().amin(0).max() > 1e-3
 
 
-def test_from_nothing_the_garment_is_looked_for_at_the_querys_own_place():
-    """What lets a U-Net without StableVITON's weights learn to copy. Blocks behind an upsampling have no skip to match yet."""
-    torch.manual_seed(0)
-    model = UniFashion(TINY).eval()
-    assert model.garment.untrained
-    model.garment.start_from(model.unet.encoder, model.unet.time_embed)
-    looks = []
-
-    def look(attend: torch.nn.Module, args: tuple) -> None:
-        h, (k, _) = args
-        q = attend.q(h).unflatten(2, (attend.heads, -1)).transpose(1, 2)
-        looks.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).diagonal(dim1=2, dim2=3).mean().item())
-
-    for block in model.garment.blocks:
-        block.attn2.register_forward_pre_hook(look)
-    y, x = TINY.latent
-    scene, context = torch.randn(B, 9, y, x), torch.randn(B, 16, TINY.unet.context_dim)
-    model.predict_noise(torch.randn(B, 4, y, x), torch.tensor([50, 700]), scene, context, scene[:, :4])
-    assert len(looks) == 6 and all(share > 0.4 for share in looks[1::2]), looks
-
-
-def test_from_nothing_the_decoder_hands_the_skips_on():
-    block = UniFashion(TINY).unet.decoder[-1]
-    below, skip = torch.randn(2, B, TINY.unet.channels, 8, 8)
-    torch.testing.assert_close(block.res.shortcut(torch.cat([below, skip], dim=1)), below / 2 + skip)
-
-
 def test_the_adapter_starts_with_what_tells_pictures_apart():
     torch.manual_seed(0)
     model, (q, dim) = UniFashion(TINY), (TINY.qformer.queries, TINY.qformer.dim)
@@ -113,7 +134,7 @@ def test_the_adapter_starts_with_what_tells_pictures_apart():
     spread = torch.linalg.eigvalsh(out.T @ out / len(out))
     assert spread.max() < 1.0 and spread.min() > 0.3  # was 1 : 100 and more
     model.start_adapter(z * 0 + 1)  # all the same: nothing is blown up, nothing is nan
-    assert model.image_adapter(z * 0 + 1).abs().max() < 1e-3
+    assert model.image_adapter(z * 0 + 1).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

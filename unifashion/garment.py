@@ -1,13 +1,14 @@
 """StableVITON's garment encoder: a second U-Net encoder sees the garment, and nine attention blocks carry it over.
 
 hint (b,4,64,48), the latent of the cloth photo or the sketch --zero conv--> + first features of (x_t, t, context) -->
-encoder --> features --> before decoder blocks 3..11:  h = h + zero_conv(attend(h, features))
+encoder --> features --> before decoder blocks 3..11:  h = h + zero_conv(attend(h, features)) + control_conv(features)
 
 It reads x_t and t, as the original does, so it runs at every sampler step. Original layout: StableVITON `control_model.*`,
-`model.diffusion_model.warp_flow_blks.*`, `model.diffusion_model.warp_zero_convs.*`.
+`model.diffusion_model.warp_flow_blks.*`, `model.diffusion_model.warp_zero_convs.*`. The last term is not StableVITON's: a
+zero convolution in ControlNet's manner, here into the stream as the attention is. Attention has to learn where to look
+before it can carry a pattern, which from nothing takes many times as long as what is added in its place.
 """
 
-import torch
 from torch import Tensor, nn
 
 from unifashion.blocks import KV, Encoder, SpatialTransformer, TimeEmbed, UNetConfig, project_context, zero
@@ -26,19 +27,21 @@ class GarmentEncoder(nn.Module):
         widths = [width for width in reversed(cfg.widths) for _ in range(cfg.res_blocks + 1)]
         # a block's input is as wide as the output of the block before it
         targets = widths[self.first - 1 : -1]
-        self.blocks = nn.ModuleList(
-            SpatialTransformer(target, source, cfg.heads, cfg.groups)
-            for target, (source, _) in zip(targets, sources, strict=True)
+        self.control_convs = nn.ModuleList(
+            nn.Conv2d(source, target, 1) for target, (source, _) in zip(targets, sources, strict=True)
         )
-        self.zero_convs = nn.ModuleList(nn.Conv2d(target, target, 1) for target in targets)
+        # attention, where the U-Net itself has some: nine of nine in FULL
+        self.attends = [level in cfg.attention_levels for _, level in sources]
+        pairs = [(t, s) for t, (s, _), attend in zip(targets, sources, self.attends, strict=True) if attend]
+        self.blocks = nn.ModuleList(SpatialTransformer(t, s, cfg.heads, cfg.groups) for t, s in pairs)
+        self.zero_convs = nn.ModuleList(nn.Conv2d(t, t, 1) for t, _ in pairs)
+        self.control_convs.apply(zero)
         self.zero_convs.apply(zero)
-        for block in self.blocks:
-            look_at_own_place(block)
 
     @property
     def untrained(self) -> bool:
         """Whether it does not touch the U-Net yet."""
-        return not any(p.any() for p in self.zero_convs.parameters())
+        return not any(p.any() for p in [*self.zero_convs.parameters(), *self.control_convs.parameters()])
 
     def start_from(self, encoder: Encoder, time_embed: TimeEmbed) -> None:
         """Begin as the U-Net's own encoder, as ControlNet's branch does."""
@@ -49,40 +52,29 @@ class GarmentEncoder(nn.Module):
         """context (b,t,context_dim) -> what `forward` wants, computed once per image."""
         return project_context(self.encoder, context)
 
-    def forward(self, x: Tensor, t: Tensor, context: list[KV], hint: Tensor) -> list[Tensor]:
+    def forward(
+        self, x: Tensor, t: Tensor, context: list[KV], hint: Tensor, style: Tensor | None = None
+    ) -> list[Tensor]:
         """
         x     (b,13,y,x), as the U-Net's        t  (b,) timesteps
         hint  (b,4,y,x) scaled latent of the garment
+        style (b,time_dim), as the U-Net's
         ->    the nine features that `inject` reads, finest first: (b,320,64,48), ... (b,1280,16,12). The encoder's
-              coarsest blocks and its middle, which no attention block reads, are in the file and are not run.
+              coarsest blocks and its middle, which `inject` does not read, are in the file and are not run.
         """
-        return self.encoder.down(x, self.time_embed(t), iter(context), self.hint_in(hint), len(self.blocks))
+        emb = self.time_embed(t) if style is None else self.time_embed(t) + style
+        return self.encoder.down(x, emb, iter(context), self.hint_in(hint), len(self.control_convs))
 
     def inject(self, features: list[Tensor], keep_hint: Tensor | None, i: int, h: Tensor) -> Tensor:
         """h (b,c,y,x), the input of decoder block i -> with the garment; where keep_hint (b,) is 0, h as it was."""
         if i < self.first:
             return h
-        block = self.blocks[i - self.first]
-        source = features[-1 - (i - self.first)].flatten(2).transpose(1, 2)
-        residual = self.zero_convs[i - self.first](block(h, block.attn2.kv(source)))
+        j = i - self.first
+        source = features[-1 - j]
+        residual = self.control_convs[j](source)
+        if self.attends[j]:
+            n = sum(self.attends[:j])
+            block = self.blocks[n]
+            kv = block.attn2.kv(source.flatten(2).transpose(1, 2))
+            residual = residual + self.zero_convs[n](block(h, kv))
         return h + (residual if keep_hint is None else residual * keep_hint[:, None, None, None])
-
-
-@torch.no_grad()
-def look_at_own_place(block: SpatialTransformer) -> None:
-    """
-    Initialise `block` so that a query finds the key with the features most like its own, and takes what is there.
-
-    The U-Net and a garment encoder that starts as its copy see the same x_t, so that tends to be the query's own place:
-    attention starts as a copy from there, and learns to look elsewhere. From random projections, and against proj_out = 0,
-    a U-Net trained from nothing takes far longer to see that the garment is worth a look. Loaded weights overwrite all this.
-    """
-    attend = block.attn2
-    for proj in (block.proj_in, block.proj_out):  # proj_out need not start at 0: zero_convs, behind it, do
-        nn.init.dirac_(proj.weight)
-        nn.init.zeros_(proj.bias)
-    nn.init.orthogonal_(attend.q.weight, gain=3)
-    attend.k.weight.copy_(attend.q.weight[:, : attend.k.in_features])
-    nn.init.eye_(attend.v.weight)
-    nn.init.eye_(attend.out.weight).mul_(16)  # the zero convolution has to find it in a sum with the input
-    nn.init.zeros_(attend.out.bias)

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from unifashion.blocks import zero
 from unifashion.config import UniFashionConfig
 from unifashion.diffusion import ALPHAS, SAMPLERS, alphas_cumprod, eps_loss, guided, v_to_eps
 from unifashion.garment import GarmentEncoder
@@ -27,6 +28,8 @@ class UniFashion(nn.Module):
         self.vit = ViT(cfg.vit)
         self.qformer = QFormer(cfg.qformer)
         self.image_adapter = nn.Linear(cfg.qformer.dim, cfg.unet.context_dim)
+        self.style_adapter = nn.Linear(cfg.unet.context_dim, cfg.unet.time_dim)
+        zero(self.style_adapter)
         self.null_context = nn.Parameter(torch.zeros(1, 1, cfg.unet.context_dim))
         self.vae = VAE(cfg.vae)
         self.unet = UNet(cfg.unet)
@@ -46,6 +49,15 @@ class UniFashion(nn.Module):
         """seen (b,257,1408) from `see`, with a text (b,t) or without -> context (b,32,768) for the U-Net."""
         z, _ = self.qformer(seen, ids, mask)
         return self.image_adapter(z)
+
+    def style(self, context: Tensor) -> Tensor:
+        """
+        context (b,t,context_dim) -> (b,time_dim), what every res block of the U-Net and the garment encoder is told of it.
+
+        Not in the paper. Cross-attention stands at the coarse levels only; what it says of a pattern or a second colour takes
+        far longer to reach the fine ones, which have to draw it. It starts at zero: published U-Nets draw as they did.
+        """
+        return self.style_adapter(context.mean(1))
 
     @torch.no_grad()
     def start_adapter(self, z: Tensor) -> None:
@@ -102,10 +114,11 @@ class UniFashion(nn.Module):
         """
         unet_in = torch.cat([x, scene], dim=1)
         inject = None
+        style = self.style(context)
         if hint is not None:
-            features = self.garment(unet_in, t, self.garment.context(context), hint)
+            features = self.garment(unet_in, t, self.garment.context(context), hint, style)
             inject = partial(self.garment.inject, features, keep_hint)
-        out = self.unet(unet_in, t, self.unet.context(context), inject)
+        out = self.unet(unet_in, t, self.unet.context(context), inject, style)
         if self.cfg.prediction == "eps":
             return out
         wide = torch.promote_types(
@@ -144,6 +157,7 @@ class UniFashion(nn.Module):
             hint = torch.cat([hint, hint]) if hint is not None else None
         for_unet = self.unet.context(context)  # once per picture, not once per step
         for_garment = self.garment.context(context) if hint is not None else []
+        style = self.style(context)
 
         def eps(x: Tensor, t: int) -> Tensor:
             pair = torch.cat([x, x] if both else [x]).to(dtype)
@@ -151,8 +165,9 @@ class UniFashion(nn.Module):
             at = torch.full((len(unet_in),), t, device=x.device)
             inject = None
             if hint is not None:
-                inject = partial(self.garment.inject, self.garment(unet_in, at, for_garment, hint), None)
-            out = self.unet(unet_in, at, for_unet, inject).to(noise.dtype)
+                features = self.garment(unet_in, at, for_garment, hint, style)
+                inject = partial(self.garment.inject, features, None)
+            out = self.unet(unet_in, at, for_unet, inject, style).to(noise.dtype)
             out = guided(*out.chunk(2), guidance) if both else out
             return out if self.cfg.prediction == "eps" else v_to_eps(out, x, ALPHAS[t])
 

@@ -26,12 +26,7 @@ class UNet(nn.Module):
             for i in range(cfg.res_blocks + 1):
                 up = level > 0 and i == cfg.res_blocks
                 skip = skips.pop()[0]
-                block = UNetBlock(cfg, c + skip, width, level, up)
-                with torch.no_grad():  # not SD's: from nothing, features that stay where they are are found again by the garment's attention
-                    eyes = torch.cat([torch.eye(width, c) / 2, torch.eye(width, skip)], dim=1)
-                    block.res.shortcut.weight.copy_(eyes[:, :, None, None])
-                    block.res.shortcut.bias.zero_()
-                blocks.append(block)
+                blocks.append(UNetBlock(cfg, c + skip, width, level, up))
                 c = width
         self.decoder = nn.ModuleList(blocks)
         self.norm_out = nn.GroupNorm(cfg.groups, c, eps=1e-5)
@@ -48,15 +43,17 @@ class UNet(nn.Module):
         t: Tensor,
         context: list[KV],
         inject: Callable[[int, Tensor], Tensor] | None = None,
+        style: Tensor | None = None,
     ) -> Tensor:
         """
         x        (b,in_channels,y,x) latent cells; y and x divide by 2 ** (levels - 1)
         t        (b,) timesteps, 0 to 999
         context  from `self.context`
         inject   (decoder block, its input before the skip) -> that input with the garment in it
+        style    (b,time_dim), added to the timestep's embedding, which every res block reads: not SD's, but unCLIP's and SDXL's
         ->       the prediction (b,out_channels,y,x): eps, or v where the preset says so (UniFashionConfig.prediction)
         """
-        emb = self.time_embed(t)
+        emb = self.time_embed(t) if style is None else self.time_embed(t) + style
         context_kv = iter(context)
         skips = self.encoder.down(x, emb, context_kv)
         x = self.encoder.middle(skips[-1], emb, context_kv)

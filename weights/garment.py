@@ -11,7 +11,7 @@ The rest is left out, row by row, with its reason.
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import weights.vae
 from unifashion.garment import GarmentEncoder
@@ -27,6 +27,7 @@ GARMENT: Table = {
     "control_model.cond_first_block.0.*":               "hint_in.*",
     **under("model.diffusion_model.warp_flow_blks.#.",  "blocks.#.", TRANSFORMER),
     "model.diffusion_model.warp_zero_convs.#.*":        "zero_convs.#.*",
+    "control_convs.#.*":                                "control_convs.#.*",  # ours alone: `with_control_convs` adds them
 }
 STABLEVITON: Table = {
     **under(PREFIX,                                     "unet.", UNET),
@@ -53,6 +54,12 @@ STABLEVITON: Table = {
 # fmt: on
 
 
+def with_control_convs(checkpoint: dict[str, Tensor], garment: GarmentEncoder) -> dict[str, Tensor]:
+    """The checkpoint, and zeros for the one thing that StableVITON's garment encoder has not: ours starts as the original."""
+    fresh = garment.control_convs.named_parameters(prefix="control_convs")
+    return {**{name: torch.zeros(p.shape) for name, p in fresh}, **checkpoint}
+
+
 def load_stableviton(
     path: str | Path,
     unet: UNet,
@@ -70,5 +77,8 @@ def load_stableviton(
     parts = nn.ModuleDict({"unet": unet, "garment": garment, "vae": vae})
     null = torch.empty(1, 1, unet.cfg.context_dim, device="meta")
     parts.register_parameter("null_context", nn.Parameter(null))
-    load_into(parts, read_checkpoint(path), STABLEVITON, dtype=dtype, device=device)
+    # no name for the checkpoint: load_into frees it tensor by tensor
+    load_into(
+        parts, with_control_convs(read_checkpoint(path), garment), STABLEVITON, dtype=dtype, device=device
+    )
     return parts.null_context

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from unifashion import UserError
+from unifashion.blocks import zero
 from unifashion.config import PRESETS
 from unifashion.model import UniFashion
 from unifashion.tokenizers import WordPiece
@@ -64,14 +65,8 @@ def folder_of(preset: str, folder: Path | None = None) -> Path:
 
 
 def default_preset(folder: Path | None = None) -> str:
-    """Full if `folder` (without it, weights/files) holds the originals and what was learned on top of them, else tiny."""
-    folder = folder or FOLDERS["full"]
-    try:
-        _public_files("full", folder, PUBLIC_PARTS["full"])
-        wanted("full", folder, LEARNED["full"])
-    except UserError:
-        return "tiny"
-    return "full"
+    """Full if `folder` (without it, weights/files) holds a trained full model, else tiny. Loading tells what else is missing."""
+    return "full" if ((folder or FOLDERS["full"]) / LEARNED["full"]).exists() else "tiny"
 
 
 def wanted(preset: str, folder: Path, *names: str) -> Path:
@@ -103,7 +98,7 @@ def load_public(
 ) -> UniFashion:
     """
     The model as it is before UniFashion's own training. What no public file holds is random: in FULL the image adapter, in
-    TINY all but ViT and VAE. Raises UserError for a file that is missing, damaged, or of another preset.
+    TINY all but ViT and VAE; the style adapter is zero. Raises UserError for a file that is missing, damaged, or of another preset.
     """
     folder = folder_of(preset, folder)
     files = _public_files(preset, folder, PUBLIC_PARTS[preset])
@@ -112,7 +107,9 @@ def load_public(
         model = _blank(preset)
         with _naming(path, preset):
             model.null_context = load_stableviton(path, model.unet, model.garment, model.vae, dtype, device)
-        model.image_adapter.to_empty(device=device).reset_parameters()
+        for adapter in (model.image_adapter, model.style_adapter):  # ours, in no public file
+            adapter.to_empty(device=device).reset_parameters()
+        zero(model.style_adapter)
     else:
         model = UniFashion(PRESETS[preset])
     _fill(model, files, preset, device, dtype)
@@ -155,6 +152,14 @@ def load_unifashion(
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def company(preset: str, folder: Path | None = None) -> dict[str, str]:
+    """{name: sha256} of the frozen files that a tiny model is trained with. Of full size nothing is noted yet."""
+    if preset != "tiny":
+        return {}
+    names = ("vit.safetensors", "vae.safetensors", "bert_vocab.txt")
+    return {name: sha256(folder_of(preset, folder) / name) for name in names}
 
 
 def _check_company(path: Path, folder: Path) -> None:

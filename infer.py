@@ -16,9 +16,9 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from unifashion import UserError
+from unifashion import Parser, UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -139,9 +139,13 @@ def read_inputs(
     from unifashion.tokenizers import blip_caption
     from unifashion.tryon import garment_tensors, person_tensors
 
-    garment = read_image(args.cloth or args.sketch)
-    if args.sketch:
-        garment = garment.convert("L")
+    if args.cloth:
+        garment = read_image(args.cloth)
+    else:  # lines on glass may be dark or bright: on the ground that shows them better
+        grounds = [read_image(args.sketch, ground).convert("L") for ground in ("white", "black")]
+        garment = max(grounds, key=lambda x: ImageStat.Stat(x).stddev[0])
+        if len(set(garment.getextrema())) == 1:
+            raise UserError(f"{args.sketch}: a sketch without a line in it")
         if ImageStat.Stat(garment).mean[0] > 127.5:
             garment = ImageOps.invert(garment)
             notes.append(
@@ -219,15 +223,6 @@ def pasted(
     return result
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but its complaint is one line like every other, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        if "expected one argument" in message:
-            message += " (a value that starts with a minus is written --flag=-1)"
-        raise UserError(message)
-
-
 def four_numbers(text: str) -> tuple[int, ...]:
     try:
         x0, y0, x1, y1 = (int(part) for part in text.split(","))
@@ -252,7 +247,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     top = Parser(prog="infer.py", description="Use the trained model.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    p = commands.add_parser("tryon", help=tryon.__doc__, description=tryon.__doc__, allow_abbrev=False)
+    p = commands.add_parser("tryon", help=tryon.__doc__, description=tryon.__doc__)
     p.set_defaults(run=tryon)
     p.add_argument("--person", type=Path, required=True, help="photo, from the knees or the hips up")
     garment = p.add_mutually_exclusive_group(required=True)

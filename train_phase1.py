@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
-from unifashion import UserError, diffusion, losses, runs, training
+from unifashion import Parser, UserError, diffusion, losses, runs, training
+from unifashion.config import PRESETS, UniFashionConfig
 from unifashion.data.fashion200k import Fashion200K
 from unifashion.model import UniFashion
 from unifashion.preprocess import qformer_image
 from unifashion.tokenizers import WordPiece, blip_caption
 from unifashion.tryon import unet_picture
-from weights.load import company, load_public, tokenizer
+from weights.load import PUBLIC_PARTS, company, load_public, tokenizer
 
 TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
     "align": ["qformer.*"],  # with ln_vision, query tokens, projections, ITM head, temperature
@@ -60,8 +61,8 @@ DEFAULTS = {  # align: the official code's; generate: the paper's appendix B
 class Pairs(Dataset):
     """Pictures and their texts as tensors. `product` tells which pairs belong together."""
 
-    def __init__(self, data: Dataset, model: UniFashion, words: WordPiece) -> None:
-        self.data, self.cfg, self.words = data, model.cfg, words
+    def __init__(self, data: Dataset, cfg: UniFashionConfig, words: WordPiece) -> None:
+        self.data, self.cfg, self.words = data, cfg, words
 
     def __len__(self) -> int:
         return len(self.data)
@@ -124,7 +125,7 @@ def generate_losses(
     b, shape = len(batch["z"]), batch["mean"].shape[1:]
     generator = training.seeded("generate", seed, step)
     draw = lambda *size: torch.randn(*size, generator=generator).to(batch["mean"].device)  # noqa: E731
-    x0 = (batch["mean"] + torch.exp(0.5 * batch["logvar"]) * draw(b, *shape)) * model.cfg.vae.scale
+    x0 = model.vae.sample(batch["mean"], batch["logvar"], draw(b, *shape))
     t = torch.randint(0, diffusion.TIMESTEPS, (b,), generator=generator).to(x0.device)
     keep = (torch.rand(b, generator=generator) >= 0.2).to(x0.device)
     noise = draw(b, *shape)
@@ -156,10 +157,22 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
     runs.check_out(out, resume)
     before = runs.asked_before(out, resume)
     init = init or before.get("init")
+    size, accumulate = hparams["batch_size"], args.accumulate
+    if stage == "align" and size < 2:
+        raise UserError("--batch-size is 1: align finds a picture's wrong texts in its batch, 2 at least")
+
+    pairs = Pairs(open_data(args.data), PRESETS[args.preset], tokenizer(args.preset, args.weights))
+    train_set, val_set = (Subset(pairs, part) for part in training.held_out(pairs.products()))
+    steps = training.planned_steps(args, hparams, len(train_set), before)
+
     torch.manual_seed(args.seed)  # what no file holds starts random
     model = load_public(args.preset, args.weights, device)
-    fresh = init and not runs.has_checkpoint(out)
-    modules = runs.load_learned(model, runs.model_file(Path(init))) if fresh else []
+    fresh = not runs.has_checkpoint(out)  # else the checkpoint holds all of what follows
+    modules = runs.load_learned(model, runs.model_file(Path(init))) if fresh and init else []
+    if fresh and stage == "generate" and "qformer" not in {*modules, *PUBLIC_PARTS[args.preset]}:
+        raise UserError(
+            f"of preset {args.preset} no file holds a Q-Former: --init wants a run of stage align or later"
+        )
     parameters = training.set_trainable(model, TRAINABLE[stage])
     training.train_mode(model, parameters)
     # A temperature that follows a large learning rate sharpens ITC until ITM's gradient is lost beside it.
@@ -170,12 +183,6 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         groups, lr=hparams["lr"], betas=hparams["betas"], weight_decay=hparams["weight_decay"]
     )
 
-    pairs = Pairs(open_data(args.data), model, tokenizer(args.preset, args.weights))
-    train_set, val_set = (Subset(pairs, part) for part in training.held_out(pairs.products()))
-    size, accumulate = hparams["batch_size"], args.accumulate
-    if stage == "align" and size < 2:
-        raise UserError("--batch-size is 1: align finds a picture's wrong texts in its batch, 2 at least")
-    steps = training.planned_steps(args, hparams, len(train_set), before)
     runs.start_run(
         out,
         {
@@ -194,7 +201,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         see = lambda batch: encode(model, to_device(batch))  # noqa: E731
         return map(to_device, training.batches(data, order, see, cache, args.workers))
 
-    if stage == "generate" and "image_adapter" not in modules:  # a checkpoint is loaded over this
+    if fresh and stage == "generate" and "image_adapter" not in modules:
         few = training.batch_order(len(train_set), size, args.seed, 0, 8)
         with training.autocast(device, args.dtype):
             model.start_adapter(torch.cat([batch["z"] for batch in feed(train_set, few, False)]))
@@ -256,10 +263,12 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
                 norms=[round(n, 3) for n in norms.tolist()],
                 seconds=seconds,
             )
-        if state["step"] % args.eval_every == 0 or done:
+        if state["step"] % args.eval_every == 0 or state["step"] == steps:
             with training.averaged(ema):
                 val = evaluate()
             runs.save_evaluated(out, val, model, modules, optimizer, parameters, ema, state)
+        elif stop.asked:
+            runs.save_checkpoint(out / "last", model, modules, optimizer, parameters, ema, state)
         if done:
             break
     return not stop.asked
@@ -278,9 +287,7 @@ def draw_samples(model: UniFashion, batch: dict[str, Tensor], path: Path) -> Non
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME[=PATH]", help="toy | fashion200k")
     parser.add_argument("--stage", choices=["all", *STAGES], default="all")
     training.common_arguments(parser, DEFAULTS)

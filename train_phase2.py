@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
-from unifashion import diffusion, runs, training
+from unifashion import Parser, UserError, diffusion, runs, training
+from unifashion.config import PRESETS, UniFashionConfig
 from unifashion.data.mgd import MGD
 from unifashion.data.vitonhd import VITONHD
 from unifashion.model import UniFashion
 from unifashion.tokenizers import WordPiece, blip_caption
 from unifashion.tryon import garment_tensors, person_tensors, unet_picture
-from weights.load import company, load_public, tokenizer
+from weights.load import PUBLIC_PARTS, company, load_public, tokenizer
 
 TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
     "tryon": ["image_adapter.*", "style_adapter.*", "null_context", "unet.*", "garment.*"],
@@ -52,8 +53,8 @@ DROP = {"context": 0.2, "pose": 0.1, "hint": 0.1}
 class Scenes(Dataset):
     """A person, what is kept of it, and every condition, as tensors."""
 
-    def __init__(self, data: Dataset, model: UniFashion, words: WordPiece) -> None:
-        self.data, self.cfg, self.words = data, model.cfg, words
+    def __init__(self, data: Dataset, cfg: UniFashionConfig, words: WordPiece) -> None:
+        self.data, self.cfg, self.words = data, cfg, words
 
     def __len__(self) -> int:
         return len(self.data)
@@ -109,10 +110,10 @@ def tryon_losses(
     generator = training.seeded("tryon", seed, step)
     draw = lambda: torch.randn(b, *shape, generator=generator).to(device)  # noqa: E731
     kept = {name: (torch.rand(b, generator=generator) >= p).to(device) for name, p in DROP.items()}
-    chosen = torch.multinomial(batch["odds"].cpu(), 1, generator=generator)[:, 0].to(device)
+    chosen = torch.multinomial(batch["odds"], 1, generator=generator)[:, 0].to(device)
     row = torch.arange(b, device=device)
 
-    x0 = (batch["mean"] + torch.exp(0.5 * batch["logvar"]) * draw()) * model.cfg.vae.scale
+    x0 = model.vae.sample(batch["mean"], batch["logvar"], draw())
     t = torch.randint(0, diffusion.TIMESTEPS, (b,), generator=generator).to(device)
     noise = draw()
     scene = model.scene(batch["agnostic"], batch["keep"], batch["pose"] * kept["pose"][:, None, None, None])
@@ -149,10 +150,20 @@ def train(task: str, args: argparse.Namespace) -> bool:
     runs.check_out(out, args.resume)
     before = runs.asked_before(out, args.resume)
     init = args.init or before.get("init")
+
+    scenes = Scenes(open_data(args.data), PRESETS[args.preset], tokenizer(args.preset, args.weights))
+    train_set, val_set = (Subset(scenes, part) for part in training.held_out(scenes.clothes()))
+    size, accumulate = hparams["batch_size"], args.accumulate
+    steps = training.planned_steps(args, hparams, len(train_set), before)
+
     torch.manual_seed(args.seed)  # what no file holds starts random
     model = load_public(args.preset, args.weights, device)
-    fresh = init and not runs.has_checkpoint(out)
-    modules = runs.load_learned(model, runs.model_file(Path(init))) if fresh else []
+    fresh = not runs.has_checkpoint(out)  # else the checkpoint holds all of what follows
+    modules = runs.load_learned(model, runs.model_file(Path(init))) if fresh and init else []
+    if fresh and "qformer" not in {*modules, *PUBLIC_PARTS[args.preset]}:
+        raise UserError(
+            f"of preset {args.preset} no file holds a Q-Former: --init wants a run of stage align or later"
+        )
     if model.garment.untrained:  # a run that goes on loads what it had over this
         model.garment.start_from(model.unet.encoder, model.unet.time_embed)
     parameters = training.set_trainable(model, TRAINABLE[task])
@@ -161,16 +172,12 @@ def train(task: str, args: argparse.Namespace) -> bool:
         parameters.values(), lr=hparams["lr"], betas=hparams["betas"], weight_decay=hparams["weight_decay"]
     )
 
-    scenes = Scenes(open_data(args.data), model, tokenizer(args.preset, args.weights))
-    train_set, val_set = (Subset(scenes, part) for part in training.held_out(scenes.clothes()))
-    size, accumulate = hparams["batch_size"], args.accumulate
-    steps = training.planned_steps(args, hparams, len(train_set), before)
     runs.start_run(
         out,
         {
             **vars(args),
             **hparams,
-            "task": task,
+            "stage": task,  # the name that phase 1 uses: neither goes on with the other's run
             "steps": steps,
             "init": init,
             "company": company(args.preset, args.weights),
@@ -179,11 +186,12 @@ def train(task: str, args: argparse.Namespace) -> bool:
     )
 
     def feed(data: Dataset, order: Iterator[list[int]], cache: bool) -> Iterator[dict[str, Tensor]]:
-        to_device = lambda batch: {k: v.to(device) for k, v in batch.items()}  # noqa: E731
+        # The odds stay: what is drawn is drawn on the CPU, and to fetch them would wait for the device.
+        to_device = lambda batch: {k: v if k == "odds" else v.to(device) for k, v in batch.items()}  # noqa: E731
         see = lambda batch: encode(model, to_device(batch))  # noqa: E731
         return map(to_device, training.batches(data, order, see, cache, args.workers))
 
-    if "image_adapter" not in modules:  # a checkpoint is loaded over this
+    if fresh and "image_adapter" not in modules:
         few = training.batch_order(len(train_set), size, args.seed, 0, 8)
         with training.autocast(device, args.dtype):
             model.start_adapter(torch.cat([batch["z"] for batch in feed(train_set, few, False)]))
@@ -216,7 +224,6 @@ def train(task: str, args: argparse.Namespace) -> bool:
         for micro in range(step * accumulate, (step + 1) * accumulate):
             with training.autocast(device, args.dtype):
                 batch = next(stream)
-                torch.manual_seed(args.seed + micro)  # dropout, too, depends on the step alone
                 parts = loss_of(model, batch, args.seed, micro, step / steps)
             norms = training.backward_apart(parts, list(parameters.values()), 1 / accumulate)
         optimizer.step()
@@ -238,10 +245,12 @@ def train(task: str, args: argparse.Namespace) -> bool:
                 norms=[round(n, 3) for n in norms.tolist()],
                 seconds=seconds,
             )
-        if state["step"] % args.eval_every == 0 or done:
+        if state["step"] % args.eval_every == 0 or state["step"] == steps:
             with training.averaged(ema):
                 val = evaluate()
             runs.save_evaluated(out, val, model, modules, optimizer, parameters, ema, state)
+        elif stop.asked:
+            runs.save_checkpoint(out / "last", model, modules, optimizer, parameters, ema, state)
         if done:
             break
     return not stop.asked
@@ -263,9 +272,7 @@ def draw_samples(model: UniFashion, batch: dict[str, Tensor], path: Path) -> Non
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME[=PATH]", help="toy | vitonhd | mgd")
     parser.add_argument("--task", choices=list(TASKS), default="tryon")
     training.common_arguments(parser, DEFAULTS)

@@ -23,6 +23,7 @@ no width where all cases agree: 500 of 500 still leaves room for about 0.7 %).
 import argparse
 import hashlib
 import json
+import os
 import shlex
 import sys
 import time
@@ -41,7 +42,7 @@ from tqdm import tqdm
 
 from eval import judge as judging
 from eval.judge import ATTRIBUTES, COLUMNS, Judge
-from unifashion import UserError, runs, training
+from unifashion import Parser, UserError, runs, training
 from unifashion.config import PRESETS
 from unifashion.data import toy
 from unifashion.data.mgd import MGD
@@ -146,9 +147,9 @@ def try_on(
     shape, seeds = (cfg.vae.latent_channels, *cfg.latent), [("eval", seed, i) for i in indices]
     noise = torch.stack([torch.randn(shape, generator=training.seeded(*s)) for s in seeds]).to(model.device)
     guidance = 1.0 if condition is None else s.guidance  # between twice the same, guidance is nothing
-    for latent in model.sample(noise, scene, context, hint, s.steps, s.sampler, guidance):
-        if not latent.isfinite().all():
-            raise UserError("the numbers overflow: --guidance is too high, or a file of weights is damaged")
+    *_, latent = model.sample(noise, scene, context, hint, s.steps, s.sampler, guidance)
+    if not latent.isfinite().all():
+        raise UserError("the numbers overflow: --guidance is too high, or a file of weights is damaged")
     return decode(model, latent, [p["person"].size for p in people])
 
 
@@ -293,14 +294,12 @@ def check_arguments(args: argparse.Namespace, settings: list[Setting]) -> None:
         raise UserError("--samples must be at least 2, --batch-size and --judge-steps at least 1")
     if args.sheet:
         check_png_path(args.sheet)
-    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
-        raise UserError(f"{args.out}: is a folder, or its folder does not exist")
+    if args.out and (args.out.is_dir() or not os.access(args.out.parent, os.W_OK)):
+        raise UserError(f"{args.out}: is a folder, or its folder cannot be written")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--data", required=True, metavar="toy[=PATH]", help="ToyFashion, in data/toy if no PATH is given")
     add("--split", choices=["val", "test"], help="default test; val with --grid and --guidances")

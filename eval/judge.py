@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unifashion import training
-from unifashion.data import toy
+from unifashion.data import open_image, toy
 from unifashion.data.texts import PATTERN_WORDS
 
 ATTRIBUTES = ("category", "pattern", "second", "sleeve", "neckline", "length")
@@ -86,9 +87,8 @@ class Judge(nn.Module):
 
 
 def open_picture(path: Path, mode: str, resample: Image.Resampling) -> np.ndarray:
-    with Image.open(path) as image:
-        image = image if image.mode == mode else image.convert(mode)
-        return np.asarray(image.resize((WIDTH, HEIGHT), resample) if image.size != (WIDTH, HEIGHT) else image)
+    image = open_image(path, mode)
+    return np.asarray(image.resize((WIDTH, HEIGHT), resample) if image.size != (WIDTH, HEIGHT) else image)
 
 
 def read_training_set(world: Path, quiet: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -144,9 +144,9 @@ def train(world: Path, steps: int, quiet: bool) -> Judge:
 
 
 def fingerprint(world: Path, steps: int) -> str:
-    """What the judge follows from: the world's settings and first pictures, the code and the numbers of its training."""
-    code = "".join(map(inspect.getsource, (conv, Judge, read_training_set, soften, train)))
-    h = hashlib.sha256(f"{steps} {BATCH} {LR} {(world / 'toy.json').read_text()} {code}".encode())
+    """What the judge follows from: the steps of its training, the world's settings and first pictures, and this file."""
+    code = inspect.getsource(sys.modules[__name__])
+    h = hashlib.sha256(f"{steps} {(world / 'toy.json').read_text()} {code}".encode())
     for path in sorted((world / "vitonhd" / "train" / "image").iterdir())[:16]:
         h.update(path.read_bytes())
     return h.hexdigest()[:16]

@@ -12,7 +12,6 @@ the clock; on CUDA it is the cost of starting the kernels.
     python -m eval.speed [--repeats 5] [--device cpu]
 """
 
-import argparse
 import platform
 import resource
 import statistics
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from unifashion import UserError, training
+from unifashion import Parser, UserError, training
 from unifashion.blocks import UNetConfig
 from unifashion.config import FULL, TINY
 from unifashion.garment import GarmentEncoder
@@ -170,9 +169,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds; medians are reported")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
     parser.add_argument(

@@ -212,7 +212,7 @@ def test_plain_garments_that_differ_in_a_colour_nobody_sees_are_alike(world):
 def test_the_model_is_given_what_training_gives_it(condition, world, model, words, cases, monkeypatch):
     given = recorded(monkeypatch)
     try_on(model, words, cases, condition, Setting("ddim", 2, 1.5), 0, list(range(SAMPLES)), [1, 4])
-    scenes = train_phase2.Scenes(cases.data, model, words)
+    scenes = train_phase2.Scenes(cases.data, model.cfg, words)
     batch = torch.utils.data.default_collate([scenes[1], scenes[4]])
     wanted = train_phase2.encode_tryon(model, batch)
     which = list(train_phase2.CONDITIONS).index(condition)

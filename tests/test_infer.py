@@ -138,7 +138,7 @@ def test_the_network_reads_what_it_read_in_training(
     item |= {"mask": ellipse(room / "mask.png", size), "sketch": lines(room / "sketch.png", size)}
     item["text"] = "a red dress"
     words = load.tokenizer("tiny", room / "weights")
-    scenes = train_phase2.Scenes([item], model, words)
+    scenes = train_phase2.Scenes([item], model.cfg, words)
     batch = train_phase2.encode_tryon(model, torch.utils.data.default_collate([scenes[0]]))
     i = list(train_phase2.CONDITIONS).index(condition)
 
@@ -161,7 +161,9 @@ def test_a_garment_of_any_shape_is_shown_whole_on_white_and_a_sketch_on_black(
     room: Path, model: UniFashion, kind: str, around: float
 ):
     level = {"cloth": 128, "sketch": 64}[kind]
-    Image.new("RGB", (300, 100), (level, level, level)).save(room / "wide.png")
+    wide = Image.new("RGB", (300, 100), (level, level, level))
+    wide.putpixel((0, 0), (0, 0, 0))  # without any line it were no sketch
+    wide.save(room / "wide.png")
     args = infer.parse(["tryon", "--person", "p", f"--{kind}", str(room / "wide.png"), "--out", "o"])
     person, mask = photo(room / "p.png", (48, 64), 1), ellipse(room / "m.png", (48, 64))
     inputs = infer.read_inputs(args, person, mask, model.cfg, None, [])
@@ -202,6 +204,22 @@ def test_a_sketch_drawn_dark_on_white_is_inverted_and_the_user_told(
     assert tryon(room, "--sketch", "dark.png", out="b.png", quiet=False) == 0
     assert "note: dark.png is dark on white: inverted" in capsys.readouterr().err
     assert (room / "a.png").read_bytes() == (room / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("line", [20, 235])
+def test_a_sketch_on_glass_shows_its_lines_whether_they_are_dark_or_bright(
+    room: Path, model: UniFashion, line: int
+):
+    drawn = lines(room / "opaque.png", (90, 120))
+    glass = Image.new("RGBA", drawn.size, (line, line, line, 0))
+    glass.putalpha(drawn)
+    glass.save(room / "glass.png")
+    person, mask = photo(room / "p.png", (48, 64), 1), ellipse(room / "m.png", (48, 64))
+    hints = []
+    for name in ("opaque", "glass"):
+        args = infer.parse(["tryon", "--person", "p", "--sketch", str(room / f"{name}.png"), "--out", "o"])
+        hints.append(infer.read_inputs(args, person, mask, model.cfg, None, [])["hint"])
+    torch.testing.assert_close(*hints, atol=2 * 20 / 255 + 0.01, rtol=0)
 
 
 FLAGS = {

@@ -27,6 +27,7 @@ BAD_FILES = {
 BAD = {
     "neither cloth nor sketch": ("--person person.png --out out.png", "one of the arguments --cloth --sketch is required"),
     "both cloth and sketch": ("OK --sketch cloth.png", "argument --sketch: not allowed with argument --cloth"),
+    "a sketch without a line": ("--person person.png --out out.png --sketch white.png", "white.png: a sketch without a line"),
     "both mask and box": ("OK --mask mask.png --box 1,1,9,9", "not allowed with argument --mask"),
     "no person": ("--cloth cloth.png --out out.png", "required: --person"),
     "no out": ("--person person.png --cloth cloth.png", "required: --out"),

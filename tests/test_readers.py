@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,31 @@ def test_mgd_without_annotations_says_where_they_are(copy):
     (copy / "vitonhd/captions.json").unlink()
     with pytest.raises(UserError, match="captions.json.*aimagelab"):
         MGD(copy / "vitonhd", "train")
+
+
+def test_captions_that_are_cut_short_are_named(copy):
+    captions = copy / "vitonhd/captions.json"
+    captions.write_text(captions.read_text()[:-9])
+    with pytest.raises(UserError, match="captions.json: not whole JSON"):
+        MGD(copy / "vitonhd", "train")
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "renamed", "enormous"])
+def test_a_damaged_picture_is_named_whatever_the_damage(copy, harm):
+    data = MGD(copy / "vitonhd", "train")
+    path = copy / "vitonhd/train/cloth-sketch" / f"{data.photos.pairs[1][1]}.png"
+    whole = path.read_bytes()
+    size = struct.pack(">2I", 60000, 60000)
+    enormous = whole[:16] + size + whole[24:29] + struct.pack(">I", zlib.crc32(b"IHDR" + size + whole[24:29]))
+    made = {
+        "cut": whole[: len(whole) // 2],
+        "flipped": whole[:30] + bytes(255 - b for b in whole[30:60]) + whole[60:],
+        "renamed": b"<html>",
+        "enormous": enormous + whole[33:],
+    }
+    path.write_bytes(made[harm])
+    with pytest.raises(UserError, match=f"{path}: cannot be read as an image"):
+        data[1]
 
 
 def test_a_cloth_without_a_caption_is_named(copy):

@@ -169,7 +169,7 @@ def test_a_prefix_stands_before_every_name_of_the_file():
     with torch.device("meta"):
         model = VAE(FULL.vae)
     file = {f"first_stage_model.{name}": tensor for name, tensor in published("vae_finetuning").items()}
-    load_into(model, file, vae.VAE, prefix="first_stage_model.")
+    load_into(model, file, under("first_stage_model.", "", vae.VAE))
     with pytest.raises(UserError, match="no row of the table names it"):
         load_into(model, file, vae.VAE)
 

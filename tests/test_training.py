@@ -1,7 +1,10 @@
 """Both training scripts against what they promise: what learns, what resumes, what a killed run leaves behind."""
 
+import argparse
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import train_phase1
 import train_phase2
 from tests.parity import randomise
-from unifashion import UserError, losses, runs, training
+from unifashion import UserError, diffusion, losses, runs, training
 from unifashion.config import PRESETS, TINY
 from unifashion.data import toy
 from unifashion.model import UniFashion
@@ -38,6 +41,10 @@ def test_two_steps_and_a_resumed_two_are_four_steps_bit_for_bit(stage, place):
         assert whole.keys() == parts.keys()
         for name in whole:
             assert torch.equal(whole[name], parts[name]), name
+    whole, parts = (place / d for d in ("whole", "parts"))
+    assert (whole / "best/model.safetensors").read_bytes() == (parts / "best/model.safetensors").read_bytes()
+    measured = [[row for row in read_metrics(d) if "val" in row] for d in (whole, parts)]
+    assert len(measured[0]) == 1 and measured[0] == measured[1]  # to be stopped is no evaluation
 
 
 @pytest.mark.parametrize(
@@ -80,6 +87,10 @@ def test_a_run_that_goes_on_keeps_what_it_was_given_and_refuses_other_flags(plac
             run("generate", place, "second", "--steps", "3", "--resume", *flags)
     with pytest.raises(UserError, match="was started with"):
         run("align", place, "second", "--steps", "3", "--resume")
+    with pytest.raises(UserError, match="was started with stage generate, not tryon"):
+        run("tryon", place, "second", "--steps", "2", "--resume")
+    with pytest.raises(UserError, match="has done 2 steps already, more than the 1 of --steps"):
+        run("generate", place, "second", "--steps", "1", "--resume")
     assert (place / "second/config.json").read_text() == config
     with pytest.raises(UserError, match="nothing to resume"):
         run("align", place, "mistyped", "--steps", "1", "--resume")
@@ -234,6 +245,14 @@ def test_only_a_run_with_the_shipped_frozen_files_is_shipped_with_the_curves_of_
     drawn.clear()
     pretrain.main(["ship", "--init", str(place / "b")])
     assert drawn == [["a", "b"]] and (weights / "model.safetensors").is_file()
+    shipped = (weights / "model.safetensors").read_bytes()
+    run("generate", place, "half", "--steps", "1", "--init", str(place / "a"))
+    with pytest.raises(UserError, match="holds no garment: its training is not finished"):
+        pretrain.main(["ship", "--init", str(place / "half")])
+    assert (weights / "model.safetensors").read_bytes() == shipped
+    (place / "a").rename(place / "gone")
+    pretrain.main(["ship", "--init", str(place / "b")])
+    assert drawn[-1] == ["b"]
     (weights / "bert_vocab.txt").write_text("[PAD]\n")
     with pytest.raises(UserError, match="was trained with another bert_vocab.txt"):
         pretrain.main(["ship", "--init", str(place / "b")])
@@ -338,7 +357,7 @@ def test_a_run_killed_while_it_saves_can_be_resumed(place):
 def test_the_cache_changes_nothing_but_float16_rounding(place):
     model = load_public(place).eval()
     words = train_phase2.tokenizer("tiny", place / "weights")
-    scenes = train_phase2.Scenes(train_phase2.open_data([f"toy={place / 'toy'}"]), model, words)
+    scenes = train_phase2.Scenes(train_phase2.open_data([f"toy={place / 'toy'}"]), TINY, words)
     order = [[3, 1], [0, 3]]
     plain, cached = (
         list(training.batches(scenes, iter(order), lambda b: train_phase2.encode_tryon(model, b), cache))
@@ -378,6 +397,56 @@ def test_context_and_hint_are_of_the_one_condition_that_was_drawn(chosen, monkey
             assert torch.equal(before, after) == (i != chosen), (key, i)
 
 
+@pytest.mark.parametrize("task", ["generate", "tryon"])
+def test_q2i_learns_the_noise_that_was_added_and_drops_as_often_as_it_says(task, monkeypatch):
+    """x_t is the latent of the picture, noised as t says with the noise that is asked for; the rates are the table's."""
+    model, n = UniFashion(TINY), 2000
+    torch.nn.init.normal_(model.null_context)
+    (y, x), q = (2, 2), TINY.qformer
+    batch = {"mean": torch.randn(n, 4, y, x), "logvar": torch.full((n, 4, y, x), -30.0)}
+    asked, given = [], []
+    monkeypatch.setattr(model, "predict_noise", lambda *a: (asked.append(a), torch.zeros(n, 4, y, x))[1])
+    monkeypatch.setattr(model, "q2i", lambda *a: (given.append(a), torch.zeros(()))[1])
+    if task == "tryon":
+        batch |= {
+            "agnostic": torch.ones(n, 4, y, x),
+            "keep": torch.ones(n, 1, y, x),
+            "pose": torch.ones(n, 4, y, x),
+        }
+        batch |= {
+            "z": torch.randn(n, 4, 2, q.dim),
+            "hints": torch.randn(n, 4, 4, y, x),
+            "odds": torch.ones(n, 4),
+        }
+        train_phase2.tryon_losses(model, batch, 0, 0, 0.0)
+        _, _, scene, context, _, keep_hint = asked[0]
+        rates = dict(train_phase2.DROP)
+        assert 1 - keep_hint.mean().item() == pytest.approx(rates["hint"], abs=0.03)
+        assert (scene[:, 5:] == 0).all((1, 2, 3)).float().mean().item() == pytest.approx(
+            rates["pose"], abs=0.03
+        )
+    else:
+        batch |= {"z": torch.randn(n, 2, q.dim)}
+        train_phase1.generate_losses(model, batch, 0, 0, 0.0)
+        context, rates = asked[0][3], {"context": 0.2}
+    null = (context == model.null_context).all((1, 2)).float().mean().item()
+    assert null == pytest.approx(rates["context"], abs=0.04)
+    noised, t = asked[0][:2]
+    _, noise, t_of_loss = given[0]
+    assert torch.equal(t, t_of_loss) and t.min() < 20 and t.max() > 979 and abs(t.float().mean() - 499.5) < 30
+    signal = diffusion.alphas_cumprod()[t].sqrt()[:, None, None, None]
+    expected = signal * batch["mean"] * TINY.vae.scale + (1 - signal**2).sqrt() * noise
+    torch.testing.assert_close(noised, expected.float(), atol=1e-5, rtol=0)
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    batch["logvar"] = torch.full((n, 4, y, x), 2 * np.log(5.0), dtype=torch.float32)
+    batch["mean"] = torch.zeros(n, 4, y, x)
+    getattr(train_phase2 if task == "tryon" else train_phase1, f"{task}_losses")(model, batch, 0, 0, 0.0)
+    drawn = asked[1][0] - (1 - signal**2).sqrt() * given[1][1]  # what is left is a draw of the VAE's own
+    early = t < 300
+    spread = (drawn / signal)[early].std().item()
+    assert spread == pytest.approx(5 * TINY.vae.scale, rel=0.05)
+
+
 def test_itm_reads_matches_then_wrong_texts_then_wrong_images(monkeypatch):
     model, b = UniFashion(TINY), 5
     features = torch.randn(b, 3, TINY.vit.dim)
@@ -397,6 +466,57 @@ def test_itm_reads_matches_then_wrong_texts_then_wrong_images(monkeypatch):
     said, product = text[:, 0].tolist(), batch["product"].tolist()
     assert shown[: 2 * b] == [*range(b)] * 2 and said[:b] == said[2 * b :] == [*range(b)]
     assert all(product[i] != product[j] for i, j in zip(shown[b:], said[b:], strict=True))
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_for_the_end_and_a_second_one_is_obeyed_at_once(sign):
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = training.Stop()
+        assert not stop.asked
+        os.kill(os.getpid(), sign)
+        assert stop.asked and signal.getsignal(sign) == signal.SIG_DFL
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def test_the_learning_rate_rises_then_falls_as_half_a_cosine():
+    values = [training.cosine(step, 110, warmup=10) for step in (0, 4, 9, 10, 60, 85, 110)]
+    assert values == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.5, 0.5 * (1 - 0.5**0.5), 0.0])
+
+
+def test_the_temperature_learns_at_the_official_rate_however_fast_the_rest(place, monkeypatch):
+    groups = []
+    born = torch.optim.AdamW.__init__
+
+    def noted(optimizer, given, **kw):
+        born(optimizer, given, **kw)
+        groups.extend(optimizer.param_groups)
+
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", noted)
+    run("align", place, "rates", "--steps", "1", "--lr", "0.01")
+    assert [(len(g["params"]) == 1, g["peak"]) for g in groups] == [(False, 0.01), (True, 2e-5)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "samples", "steps"),
+    [
+        ({"epochs": 3}, 100, 30),
+        ({"epochs": 3, "accumulate": 2}, 100, 15),
+        ({"epochs": 1}, 109, 10),
+        ({"steps": 7}, 100, 7),
+        ({}, 100, 100),
+    ],
+)
+def test_epochs_are_so_many_steps(flags, samples, steps):
+    args = argparse.Namespace(**{"steps": None, "epochs": None, "accumulate": 1, **flags})
+    hparams = {"batch_size": 10, "epochs": 10, "steps": None}
+    assert training.planned_steps(args, hparams, samples, {}) == steps
+    before = {"steps": 5}
+    assert training.planned_steps(args, hparams, samples, before) == (
+        steps if flags.keys() & {"steps", "epochs"} else 5
+    )
 
 
 def test_every_sample_is_seen_once_an_epoch_whatever_the_start():
@@ -460,7 +580,12 @@ def test_a_dropped_context_is_the_null_vector_for_that_sample_only():
         (["--data", "toy", "--seed", "-1"], "--seed is -1"),
         (["--data", "toy", "--stage", "all", "--resume"], "nothing to resume"),
         (["--data", "fashion200k=nowhere", "--stage", "align"], "lacks labels"),
-        (["--data", "toy", "--stage", "align", "--init", "nowhere"], "neither a run folder"),
+        (["--data", "toy", "--stage", "align", "--init", "nowhere", "--batch-size", "4"], "neither a run folder"),
+        (["--data", "toy", "--stage", "generate", "--batch-size", "4"], "--init wants a run of stage align"),
+        (["--data", "toy", "--stage", "align", "--batch-size", "1"], "--batch-size is 1"),
+        (["--data", "toy", "--stage", "align", "--lr", "nan"], "--lr is nan"),
+        (["--data", "toy", "--stage", "align", "--lr", "inf"], "--lr is inf"),
+        (["--data", "toy", "--step", "5"], "unrecognized arguments: --step 5"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, told, place):
@@ -484,7 +609,17 @@ def test_a_damaged_picture_of_the_data_is_one_line_even_from_a_worker(workers, p
     for path in damaged.glob("vitonhd/train/cloth/*"):
         path.write_bytes(path.read_bytes()[:300])
     data = ["--data", f"toy={damaged}", "--preset", "tiny", "--weights", str(place / "weights")]
-    rest = ["--out", str(place / "out"), *SMALL, "--workers", workers, "--steps", "1"]
+    rest = [
+        "--init",
+        str(place / "start.safetensors"),
+        "--out",
+        str(place / "out"),
+        *SMALL,
+        "--workers",
+        workers,
+        "--steps",
+        "1",
+    ]
     with pytest.raises(SystemExit) as left:
         training.run(lambda: train_phase2.main([*data, *rest]))
     told = capsys.readouterr().err.splitlines()
@@ -533,6 +668,8 @@ SMALL = ["--workers", "0", "--batch-size", "4", "--eval-every", "100"]
 def run(stage: str, place: Path, name: str, *more: str) -> None:
     flag = "--task" if stage == "tryon" else "--stage"
     data = ["--data", f"toy={place / 'toy'}", "--preset", "tiny", "--weights", str(place / "weights")]
+    if stage != "align" and not {"--init", "--resume"} & {*more}:
+        data += ["--init", str(place / "start.safetensors")]
     STAGES[stage].main([*data, flag, stage, "--out", str(place / name), *SMALL, *more])
 
 
@@ -601,6 +738,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in ("vit", "vae"):
         tensors = getattr(model, part).state_dict()
         save_file({k: v.contiguous() for k, v in tensors.items()}, place / "weights" / f"{part}.safetensors")
+    start = {f"qformer.{k}": v.contiguous() for k, v in model.qformer.state_dict().items()}
+    save_file(start, place / "start.safetensors")
     vocab = build_vocab(["red dress with white dots and long sleeves"])
     (place / "weights/bert_vocab.txt").write_text("\n".join(vocab) + "\n")
     return place
@@ -608,7 +747,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(made: Path, tmp_path: Path) -> Iterator[Path]:
-    for name in ("toy", "weights"):
+    for name in ("toy", "weights", "start.safetensors"):
         (tmp_path / name).symlink_to(made / name)
     yield tmp_path
     shutil.rmtree(tmp_path)

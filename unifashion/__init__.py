@@ -1,5 +1,20 @@
 """UniFashion from scratch: one fashion model for retrieval, captions, try-on and design (arXiv 2408.11305)."""
 
+import argparse
+from typing import NoReturn
+
 
 class UserError(Exception):
     """What the user asked for cannot be done as asked: the scripts print it as one line and exit with code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but flags are written out, and its complaint is one line like every other, without the usage before it."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        if "expected one argument" in message:
+            message += " (a value that starts with a minus is written --flag=-1)"
+        raise UserError(message)

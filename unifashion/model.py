@@ -54,7 +54,7 @@ class UniFashion(nn.Module):
         """
         context (b,t,context_dim) -> (b,time_dim), what every res block of the U-Net and the garment encoder is told of it.
 
-        Not in the paper. Cross-attention stands at the coarse levels only; what it says of a pattern or a second colour takes
+        Not in the paper. TINY has cross-attention at one coarse level only; what it says of a pattern or a second colour takes
         far longer to reach the fine ones, which have to draw it. It starts at zero: published U-Nets draw as they did.
         """
         return self.style_adapter(context.mean(1))

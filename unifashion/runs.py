@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from unifashion import UserError
 from unifashion.training import EMA
 
-# What a run that goes on may be asked for anew: none of it changes what a step does. All else must be as it was.
+# What a run that goes on may be asked for anew; all else must be as it was. With other --steps, align's schedule is another
+# from there on.
 MAY_CHANGE = (
     "out",
     "resume",
@@ -67,6 +68,8 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
             if before[name] != config[name]:
                 flag, was = name.replace("_", "-"), before[name]
                 raise UserError(f"{out} was started with {flag} {was}, not {config[name]}: repeat its flags")
+    if has_checkpoint(out) and (done := _state_of(out / "last")["step"]) > config["steps"]:
+        raise UserError(f"{out} has done {done} steps already, more than the {config['steps']} of --steps")
     out.mkdir(parents=True, exist_ok=True)
     new = out / "config.json.new"
     new.write_text(json.dumps(config, indent=1))
@@ -216,6 +219,13 @@ def has_checkpoint(out: Path) -> bool:
     return any((out / name).exists() for name in ("last", "last.old"))  # killed between two renames: .old
 
 
+def _state_of(folder: Path) -> dict:
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.exists():
+        os.replace(old, folder)
+    return json.loads((folder / "state.json").read_text())
+
+
 def load_checkpoint(
     folder: Path,
     model: nn.Module,
@@ -224,11 +234,9 @@ def load_checkpoint(
     ema: EMA | None,
 ) -> dict:
     """Put everything back where `save_checkpoint` found it. -> its state."""
-    if not folder.exists() and folder.with_name(folder.name + ".old").exists():  # killed between two renames
-        os.replace(folder.with_name(folder.name + ".old"), folder)
-    if not folder.exists():
+    if not has_checkpoint(folder.parent):
         return {}  # killed before its first checkpoint: from the start
-    state = json.loads((folder / "state.json").read_text())
+    state = _state_of(folder)
     load_learned(model, folder / "model.safetensors")
     moments = load_file(folder / "optimizer.safetensors")
     for name, p in parameters.items():

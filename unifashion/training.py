@@ -79,8 +79,8 @@ def check_arguments(args: argparse.Namespace, stages: list[str], flag: str) -> N
         "--lr": args.lr,
     }
     for name, value in per_stage.items():
-        if value is not None and value <= 0:
-            raise UserError(f"{name} is {value}, must be positive")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} is {value}, must be a positive number")
         if value is not None and len(stages) > 1:
             raise UserError(
                 f"{name} means something else in each of {', '.join(stages)}: name one with {flag}"

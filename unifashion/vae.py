@@ -161,11 +161,13 @@ class VAE(nn.Module):
         mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
-        """image (b,3,y,x) in [-1,1] -> scaled latent (b,4,y/f,x/f): a sample with `noise` ~ N(0,1), else the mean."""
-        mean, logvar = self.moments(image)
-        z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
-        return z * self.cfg.scale
+    def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        """`moments` and noise ~ N(0,1), (b,4,y,x) each -> scaled latent (b,4,y,x)."""
+        return (mean + torch.exp(0.5 * logvar) * noise) * self.cfg.scale
+
+    def encode(self, image: Tensor) -> Tensor:
+        """image (b,3,y,x) in [-1,1] -> scaled latent (b,4,y/f,x/f), the mean."""
+        return self.moments(image)[0] * self.cfg.scale
 
     def decode(self, latent: Tensor) -> Tensor:
         """scaled latent (b,4,y,x) -> image (b,3,y*f,x*f), about [-1,1] (not clamped)."""

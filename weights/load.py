@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from unifashion import UserError
 from unifashion.blocks import zero
@@ -101,9 +101,9 @@ def load_public(
     TINY all but ViT and VAE; the style adapter is zero. Raises UserError for a file that is missing, damaged, or of another preset.
     """
     folder = folder_of(preset, folder)
+    path = wanted(preset, folder, *TRYON) if preset == "full" else None
     files = _public_files(preset, folder, PUBLIC_PARTS[preset])
-    if preset == "full":
-        path = wanted(preset, folder, *TRYON)
+    if path:
         model = _blank(preset)
         with _naming(path, preset):
             model.null_context = load_stableviton(path, model.unet, model.garment, model.vae, dtype, device)
@@ -131,12 +131,8 @@ def load_unifashion(
     _check_company(path, folder)
     model, learned = _blank(preset), read_checkpoint(path)
     parts = nn.ModuleDict(model.named_children())
-    found = {name.split(".")[0] for name in learned}
+    found = check_finished(path, learned, preset)
     untouched = [part for part in parts if part not in found]
-    if lacking := [
-        part for part in (*untouched, "null_context") if part not in {*found, *PUBLIC_PARTS[preset]}
-    ]:
-        raise UserError(f"{path} holds no {lacking[0]}: its training is not finished")
     files = _public_files(preset, folder, untouched)
 
     for part in untouched:
@@ -147,6 +143,15 @@ def load_unifashion(
     model.null_context = parts.null_context
     _fill(model, files, preset, device, dtype)
     return model.eval().requires_grad_(False)
+
+
+def check_finished(path: Path, learned: dict[str, Tensor], preset: str) -> set[str]:
+    """-> the modules that `learned`, read from `path`, holds. Raises UserError unless public files hold all the others."""
+    found = {name.split(".")[0] for name in learned}
+    needed = [*(name for name, _ in _blank(preset).named_children()), "null_context"]
+    if lacking := [part for part in needed if part not in {*found, *PUBLIC_PARTS[preset]}]:
+        raise UserError(f"{path} holds no {lacking[0]}: its training is not finished")
+    return found
 
 
 def sha256(path: Path) -> str:
@@ -171,7 +176,9 @@ def _check_company(path: Path, folder: Path) -> None:
         return
     for name, digest in company.items():
         if (folder / name).is_file() and sha256(folder / name) != digest:
-            raise UserError(f"{path} was trained with another {name}: take both from one place")
+            raise UserError(
+                f"{folder / name} is damaged, or not the one {path} was trained with: take both from one place"
+            )
 
 
 def _blank(preset: str) -> UniFashion:

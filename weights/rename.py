@@ -42,14 +42,12 @@ def load_into(
     module: nn.Module,
     checkpoint: dict[str, Tensor],
     table: Table,
-    prefix: str = "",
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> None:
     """
     Fill every parameter and buffer of `module`, which may be on the meta device, from `checkpoint`.
 
-    prefix   stands before every original name of the table in this file ("first_stage_model.")
     dtype    of floating tensors; without it the module's own
     device   without it the module's own, or the checkpoint's if the module is on the meta device
 
@@ -60,7 +58,7 @@ def load_into(
     (`load_into(module, read_checkpoint(path), table)`) each original is freed as soon as its cast is made.
     Raises UserError, in one line that names the tensor.
     """
-    originals = _match(list(checkpoint), under(prefix, "", table))
+    originals = _match(list(checkpoint), table)
     wanted = module.state_dict()
     if missing := [name for name in wanted if name not in originals]:
         shape = tuple(wanted[missing[0]].shape)

@@ -1,6 +1,6 @@
 """Stable Diffusion's autoencoder, CompVis layout -> `unifashion.vae.VAE`.
 
-In whole checkpoints the names stand behind `first_stage_model.` (the `prefix` of `load_into`); StableVITON's
+In whole checkpoints the names stand behind `first_stage_model.` (`under` puts it there); StableVITON's
 `VITONHD_VAE_finetuning.ckpt` has them bare. Both number the decoder's levels from the finest, and so do we.
 """
 

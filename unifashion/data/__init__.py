@@ -12,5 +12,5 @@ def open_image(path: Path, mode: str = "RGB") -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert(mode)
-    except OSError as error:
+    except Exception as error:  # a damaged file can make a decoder raise almost anything
         raise UserError(f"{path}: cannot be read as an image ({error})") from None

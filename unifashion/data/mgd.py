@@ -25,7 +25,10 @@ class MGD:
                 f"{root} lacks MGD's annotations ({captions.name}, {split}/{sketches.name}): get the VITON-HD archive at "
                 "github.com/aimagelab/multimodal-garment-designer and unpack it here, or use --data toy."
             )
-        self.captions = json.loads(captions.read_text(encoding="utf-8"))
+        try:
+            self.captions = json.loads(captions.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{captions}: not whole JSON ({error})") from None
         absent = next((cloth for _, cloth in self.photos.pairs if cloth[:5] not in self.captions), None)
         if absent:
             raise UserError(f"{captions} has no caption for cloth {absent}")

@@ -97,11 +97,3 @@ def chunks(g: Garment, rng: np.random.Generator, keep: float = 0.8) -> list[str]
     details = [choose(rng, SLEEVE_WORDS[g.sleeve][1])] if sleeve else []
     details += [choose(rng, NECK_WORDS[g.neckline][1])] if neck else []
     return [first, second, join_and(details) if details else choose(rng, (noun, f"{g.colour} garment"))]
-
-
-def full_text(g: Garment) -> str:
-    """Every attribute in one fixed sentence."""
-    marks = "plain" if g.pattern == "plain" else f"{PATTERN_WORDS[g.pattern][0][0]} with {g.second}"
-    neck = {"round": "round", "v": "v", "square": "square"}[g.neckline]
-    sleeve = {"sleeveless": "no sleeves", "short": "short sleeves", "long": "long sleeves"}[g.sleeve]
-    return f"{g.colour} {marks} {LENGTH_WORDS[g.length][0]} {g.category}, {sleeve}, {neck} neckline"

@@ -15,7 +15,6 @@ garments are never seen in training. Because the world is drawn, the truth is kn
                                     truth-mask/ of the same name, where it shows that cloth
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -29,7 +28,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from unifashion import UserError
+from unifashion import Parser, UserError
 from unifashion.data.body import (
     BOTTOMS,
     FLOORS,
@@ -45,11 +44,11 @@ from unifashion.data.body import (
 )  # fmt: skip
 from unifashion.data.cloth import PALETTE, Garment, draw_product, draw_sketch
 from unifashion.data.figure import draw_person
-from unifashion.data.texts import caption, chunks, full_text
+from unifashion.data.texts import caption, chunks
 
 __all__ = [
     "ATTRIBUTES", "PALETTE", "VERSION", "Garment", "Person", "caption", "chunks", "draw_person", "draw_pose",
-    "draw_product", "draw_sketch", "ensure", "full_text", "main_colour", "sample_garment", "sample_person", "split_of",
+    "draw_product", "draw_sketch", "ensure", "main_colour", "sample_garment", "sample_person", "split_of",
 ]  # fmt: skip
 VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -301,6 +300,8 @@ def ensure(
         raise UserError(f"{root} exists and is not a ToyFashion folder; name another folder.")
     if 1 in (val, test) or min(counts.values()) < 0:
         raise UserError("--val and --test need 2 items or more: everybody is paired with another's cloth.")
+    if seed < 0:
+        raise UserError(f"--seed is {seed}, must be 0 or more")
     if max(counts.values()) > 99_999:
         raise UserError("a split of more than 99999 items: MGD's captions go by five digits")
     temporary = root.with_name(f"{root.name}.part-{os.getpid()}")
@@ -328,9 +329,7 @@ def ensure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Draw ToyFashion in the layouts of Fashion200K, VITON-HD and MGD."
-    )
+    parser = Parser(description="Draw ToyFashion in the layouts of Fashion200K, VITON-HD and MGD.")
     parser.add_argument("--out", default="data/toy", help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--difficulty", type=float, default=1.0, help="pose variation; 1.0 is version 1")
@@ -340,8 +339,8 @@ def main() -> None:
         )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    args = vars(parser.parse_args())
     try:
+        args = vars(parser.parse_args())
         print(f"ToyFashion version {VERSION} is in {ensure(args.pop('out'), **args)}")
     except UserError as error:
         print(error, file=sys.stderr)

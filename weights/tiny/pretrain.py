@@ -6,9 +6,9 @@
 model.safetensors knows which ViT, VAE and vocabulary it was trained with, and is not loaded beside others: it then has to be
 trained anew. --out, runs/PART if not given, holds checkpoints and curves.
 
-The VAE learns to give pictures back: |x - x'| + 5 (x - x')^2 + half of |grad x - grad x'| + 2e-7 KL, all means. The ViT, which stands in for EVA-CLIP, learns to
-name a garment's attributes from its photograph (several views) and its shape from its sketch; its heads are thrown away.
-Only the training split is read.
+The VAE learns to give pictures back: |x - x'| + 5 (x - x')^2 + half of |grad x - grad x'|, all means, + 2e-7 KL, a sum per
+picture. The ViT, which stands in for EVA-CLIP, learns to name a garment's attributes from its photograph (several views) and
+its shape from its sketch; its heads are thrown away. Only the training split is read.
 """
 
 import argparse
@@ -18,22 +18,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from unifashion import UserError, runs, training
+from unifashion import Parser, UserError, runs, training
 from unifashion.config import TINY
-from unifashion.data import toy
+from unifashion.data import open_image, toy
 from unifashion.data.fashion200k import Fashion200K
 from unifashion.data.mgd import MGD
 from unifashion.preprocess import qformer_image, unet_image
 from unifashion.tokenizers import build_vocab
 from unifashion.vae import VAE, kl_divergence
 from unifashion.vit import ViT
-from weights.load import company
+from weights.load import check_finished, company
 
 HERE = Path(__file__).parent
 DEFAULTS = {"vae": {"steps": 5000, "batch": 16, "lr": 1e-3}, "vit": {"steps": 2000, "batch": 32, "lr": 1e-3}}
@@ -60,8 +59,7 @@ class Pictures(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        with Image.open(self.paths[i]) as image:
-            x = unet_image(image.convert("RGB"), TINY.picture)
+        x = unet_image(open_image(self.paths[i]), TINY.picture)
         corner = torch.rand(2, generator=training.seeded("crop", i))
         top, left = (
             int(r * (size - cut + 1)) for r, size, cut in zip(corner, x.shape[1:], self.crop, strict=True)
@@ -89,8 +87,7 @@ class Attributes(Dataset):
             labels[k] = -100
         if row["garment"]["pattern"] == "plain":
             labels["second"] = -100
-        with Image.open(path) as image:
-            picture = qformer_image(image.convert("RGB"), TINY.vit.image_size[0])
+        picture = qformer_image(open_image(path), TINY.vit.image_size[0])
         return {"picture": picture} | {k: torch.tensor(v) for k, v in labels.items()}
 
 
@@ -208,10 +205,12 @@ def write_vocab(root: Path) -> None:
     print(f"wrote {path}: {len(vocab)} pieces; the preset's vocab_size is {TINY.qformer.vocab_size}")
 
 
+def _read_config(run: Path) -> dict:
+    return json.loads((run / "config.json").read_text())
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("part", choices=["vocab", "vae", "vit", "ship"])
     parser.add_argument("--data", type=Path, default=Path("data/toy"))
     parser.add_argument("--out", type=Path)
@@ -229,16 +228,24 @@ def main(argv: list[str] | None = None) -> None:
         if not best.is_file():
             raise UserError(f"{best} is missing: --init wants the run folder of train_phase2.py")
         beside = company("tiny", HERE)
-        config = json.loads((args.init / "config.json").read_text())
+        config = _read_config(args.init)
         for name, digest in beside.items():
             if config["company"].get(name) != digest:
                 raise UserError(f"{args.init} was trained with another {name} than {HERE / name}")
-        stages = [args.init]  # and what it started from, and what started from, ...
-        while before := json.loads((stages[0] / "config.json").read_text())["init"]:
+        learned = load_file(best)
+        check_finished(best, learned, "tiny")
+        stages = [
+            args.init
+        ]  # and the run it started from, and the run that started from, ... as far as they are here
+        while before := _read_config(stages[0])["init"]:
+            if not (Path(before) / "config.json").is_file():
+                break
             stages.insert(0, Path(before))
         frozen = [run for run in map(args.init.with_name, ("vae", "vit")) if run.is_dir()]
         runs.draw_curves([*frozen, *stages], HERE / "losses.png")
-        return save_half(load_file(best), HERE / "model.safetensors", beside)
+        return save_half(learned, HERE / "model.safetensors", beside)
+    if args.workers < 0:
+        raise UserError(f"--workers is {args.workers}, must be 0 or more")
     for flag in ("steps", "batch_size", "eval_every"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {value}, must be positive")

@@ -136,7 +136,7 @@ def test_the_network_reads_what_it_read_in_training(
     size = (96, 128)
     item = {name: photo(room / f"{name}.png", size, i) for i, name in enumerate(("person", "cloth", "pose"))}
     item |= {"mask": ellipse(room / "mask.png", size), "sketch": lines(room / "sketch.png", size)}
-    item["text"] = "a red dress"
+    item["text"] = "A red: dress (red)!"  # cleaned alike on both ways
     words = load.tokenizer("tiny", room / "weights")
     scenes = train_phase2.Scenes([item], model.cfg, words)
     batch = train_phase2.encode_tryon(model, torch.utils.data.default_collate([scenes[0]]))

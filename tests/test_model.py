@@ -197,7 +197,7 @@ def test_each_loss_is_clipped_on_its_own():
 
 def random_model(prediction: str) -> tuple:
     model = UniFashion(replace(TINY, prediction=prediction)).double().eval().requires_grad_(False)
-    for part in (model.unet, model.garment):
+    for part in (model.unet, model.garment, model.style_adapter):  # which is zero until trained
         randomise(part, 0)
     torch.nn.init.normal_(model.null_context)
     y, x = 8, 8

@@ -580,7 +580,10 @@ def test_a_dropped_context_is_the_null_vector_for_that_sample_only():
         (["--data", "toy", "--seed", "-1"], "--seed is -1"),
         (["--data", "toy", "--stage", "all", "--resume"], "nothing to resume"),
         (["--data", "fashion200k=nowhere", "--stage", "align"], "lacks labels"),
-        (["--data", "toy", "--stage", "align", "--init", "nowhere", "--batch-size", "4"], "neither a run folder"),
+        (
+            ["--data", "toy", "--stage", "align", "--init", "nowhere", "--batch-size", "4"],
+            "neither a run folder",
+        ),
         (["--data", "toy", "--stage", "generate", "--batch-size", "4"], "--init wants a run of stage align"),
         (["--data", "toy", "--stage", "align", "--batch-size", "1"], "--batch-size is 1"),
         (["--data", "toy", "--stage", "align", "--lr", "nan"], "--lr is nan"),

@@ -105,7 +105,7 @@ def test_the_predicted_noise_equals_diffusers(channels, groups):
 def test_the_full_network_has_exactly_the_tensors_of_the_published_file(file, channels, parameters):
     with torch.device("meta"):
         net = UNet(UNetConfig(in_channels=channels))
-    load_into(net, published(file), UNET, PREFIX)
+    load_into(net, published(file), under(PREFIX, "", UNET))
     assert len(published(file)) == 686
     assert sum(p.numel() for p in net.parameters()) == parameters
 

@@ -249,7 +249,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     p = commands.add_parser("tryon", help=tryon.__doc__, description=tryon.__doc__)
     p.set_defaults(run=tryon)
-    p.add_argument("--person", type=Path, required=True, help="photo, from the knees or the hips up")
+    p.add_argument("--person", type=Path, required=True, help="photo of a person, from the hips up or whole")
     garment = p.add_mutually_exclusive_group(required=True)
     garment.add_argument("--cloth", type=Path, help="photo of the garment, best on white")
     garment.add_argument("--sketch", type=Path, help="line drawing of the garment")

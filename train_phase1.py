@@ -1,7 +1,7 @@
 """Phase 1, cross-modal pre-training (Sec. 3.1): image-text pairs teach the Q-Former, then its readers, one after the other.
 
 align      ITC + ITM                  Eq. 3-5   the Q-Former learns to compare pictures and texts
-generate   q2I                        Eq. 7     the image adapter and the U-Net learn to draw a picture from Z_I
+generate   q2I                        Eq. 7     the adapters and the U-Net learn to draw a picture from Z_I
 
     python train_phase1.py --data fashion200k --stage align --out runs/align
 
@@ -161,7 +161,8 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
     if stage == "align" and size < 2:
         raise UserError("--batch-size is 1: align finds a picture's wrong texts in its batch, 2 at least")
 
-    pairs = Pairs(open_data(args.data), PRESETS[args.preset], tokenizer(args.preset, args.weights))
+    words = tokenizer(args.preset, args.weights)
+    pairs = Pairs(open_data(args.data), PRESETS[args.preset], words)
     train_set, val_set = (Subset(pairs, part) for part in training.held_out(pairs.products()))
     steps = training.planned_steps(args, hparams, len(train_set), before)
 
@@ -269,9 +270,9 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
             runs.save_evaluated(out, val, model, modules, optimizer, parameters, ema, state)
         elif stop.asked:
             runs.save_checkpoint(out / "last", model, modules, optimizer, parameters, ema, state)
-        if done:
+        if stop.asked:
             break
-    return not stop.asked
+    return state["step"] == steps
 
 
 @torch.no_grad()
@@ -305,6 +306,7 @@ def main(argv: list[str] | None = None) -> None:
             out = args.out / stage
             resume = args.resume and stage in begun
         if not train(stage, args, init, out, resume):
+            print(f"train_phase1.py: stopped, {out} is saved: --resume goes on", file=sys.stderr)
             sys.exit(130)  # as a shell says it of what Ctrl-C ended
         init = out
 

@@ -1,6 +1,6 @@
 """Phase 2, composed multimodal fine-tuning (Sec. 3.2).
 
-    tryon   q2I of a person in a garment   Eq. 7, 12, Fig. 3   image adapter, U-Net and garment encoder learn
+    tryon   q2I of a person in a garment   Eq. 7, 12, Fig. 3   adapters, U-Net and garment encoder learn
 
 Try-on and design are one task: for each sample one condition is drawn, and the Q-Former reads what the garment encoder
 reads: the cloth photo, or the sketch, with the text or without. The Q-Former is frozen here.
@@ -151,7 +151,8 @@ def train(task: str, args: argparse.Namespace) -> bool:
     before = runs.asked_before(out, args.resume)
     init = args.init or before.get("init")
 
-    scenes = Scenes(open_data(args.data), PRESETS[args.preset], tokenizer(args.preset, args.weights))
+    words = tokenizer(args.preset, args.weights)
+    scenes = Scenes(open_data(args.data), PRESETS[args.preset], words)
     train_set, val_set = (Subset(scenes, part) for part in training.held_out(scenes.clothes()))
     size, accumulate = hparams["batch_size"], args.accumulate
     steps = training.planned_steps(args, hparams, len(train_set), before)
@@ -251,9 +252,9 @@ def train(task: str, args: argparse.Namespace) -> bool:
             runs.save_evaluated(out, val, model, modules, optimizer, parameters, ema, state)
         elif stop.asked:
             runs.save_checkpoint(out / "last", model, modules, optimizer, parameters, ema, state)
-        if done:
+        if stop.asked:
             break
-    return not stop.asked
+    return state["step"] == steps
 
 
 @torch.no_grad()
@@ -280,6 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     training.check_arguments(args, [args.task], "--task")
     training.fast_malloc()
     if not train(args.task, args):
+        print(f"train_phase2.py: stopped, {args.out} is saved: --resume goes on", file=sys.stderr)
         sys.exit(130)  # as a shell says it of what Ctrl-C ended
 
 

@@ -630,6 +630,21 @@ def test_a_damaged_picture_of_the_data_is_one_line_even_from_a_worker(workers, p
     assert f"{damaged}/vitonhd/train/cloth/" in told[0] and "cannot be read as an image" in told[0]
 
 
+def test_stopped_before_its_first_step_it_says_so_in_one_line(capsys):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        training.run(main)
+    assert left.value.code == 130 and capsys.readouterr().err.endswith(": stopped\n")
+
+
+def test_no_world_is_drawn_where_a_path_was_mistyped(place):
+    with pytest.raises(UserError, match="typo holds no ToyFashion: python -m unifashion.data.toy --out"):
+        training.toy_folder(place / "typo")
+    assert not (place / "typo").exists()
+
+
 def test_a_used_run_folder_is_not_written_over(place):
     run("align", place, "used", "--steps", "1")
     with pytest.raises(UserError, match="--resume"):

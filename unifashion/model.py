@@ -1,4 +1,4 @@
-"""UniFashion: wires the parts, and owns the two things between them: the image adapter and the null context.
+"""UniFashion: wires the parts, and owns what is between them: the image adapter, the style adapter and the null context.
 
 picture (b,3,224,224) --see--> (b,257,1408) --Q-Former, text or none--> Z (b,32,768) --image adapter--> context (b,32,768)
 agnostic, mask, pose  --scene--> (b,9,64,48);  cloth photo or sketch --VAE--> hint (b,4,64,48)

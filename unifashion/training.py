@@ -102,7 +102,9 @@ def name_and_path(name: str, known: tuple[str, ...]) -> tuple[str, Path]:
 
 
 def toy_folder(path: Path) -> Path:
-    """The ToyFashion at `path`, whatever its settings; version 1 is drawn there if there is none."""
+    """The ToyFashion at `path`, whatever its settings; in data/toy, version 1 is drawn if there is none."""
+    if not (path / "toy.json").is_file() and path != Path("data/toy"):
+        raise UserError(f"{path} holds no ToyFashion: python -m unifashion.data.toy --out {path} draws it")
     return path if (path / "toy.json").is_file() else toy.ensure(path)
 
 
@@ -127,6 +129,9 @@ def run(main: Callable[[], None]) -> None:
         told = str(error).strip().splitlines()[-1].removeprefix("unifashion.UserError: ")
         print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def held_out(names: list[str], every: int = 40) -> tuple[list[int], list[int]]:

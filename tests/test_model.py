@@ -64,6 +64,7 @@ def test_the_style_starts_at_zero_and_then_reaches_unet_and_garment_encoder():
     t = torch.tensor([5, 980])
     style = model.style(context)
     torch.testing.assert_close(style, model.style(context.flip(1)))  # of all tokens alike
+    assert (style - model.style(-context)).abs().max() > 0.1
     told = []
     for net in (model.unet, model.garment):
         for block in net.encoder.blocks[1:4:2]:

@@ -31,12 +31,8 @@ from weights.load import PUBLIC_PARTS, company, load_public, tokenizer
 
 TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
     "align": ["qformer.*"],  # with ln_vision, query tokens, projections, ITM head, temperature
-    "generate": [
-        "image_adapter.*",
-        "style_adapter.*",
-        "null_context",
-        "unet.*",
-    ],  # Sec. 3.1.2: the Q-Former is frozen
+    # Sec. 3.1.2: the Q-Former is frozen
+    "generate": ["image_adapter.*", "style_adapter.*", "null_context", "unet.*"],
 }
 DEFAULTS = {  # align: the official code's; generate: the paper's appendix B
     "align": {

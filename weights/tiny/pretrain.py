@@ -234,9 +234,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"{args.init} was trained with another {name} than {HERE / name}")
         learned = load_file(best)
         check_finished(best, learned, "tiny")
-        stages = [
-            args.init
-        ]  # and the run it started from, and the run that started from, ... as far as they are here
+        stages = [args.init]  # and what it started from, and what that started from, as far as they are here
         while before := _read_config(stages[0])["init"]:
             if not (Path(before) / "config.json").is_file():
                 break

@@ -223,6 +223,11 @@ def test_the_model_is_given_what_training_gives_it(condition, world, model, word
     assert setting == [2, "ddim", 1.5]
 
 
+def test_numbers_that_overflow_are_not_scored(model, words, cases):
+    with pytest.raises(UserError, match="the numbers overflow"):
+        try_on(model, words, cases, "cloth", Setting("ddim", 2, 1e38), 0, list(range(SAMPLES)), [0])
+
+
 def test_shuffling_changes_the_garment_and_nothing_else(model, words, cases, monkeypatch):
     given, setting, own = recorded(monkeypatch), Setting("ddim", 2, 1.5), list(range(SAMPLES))
     others = cases.shuffled(0)

@@ -584,7 +584,10 @@ def test_a_dropped_context_is_the_null_vector_for_that_sample_only():
             ["--data", "toy", "--stage", "align", "--init", "nowhere", "--batch-size", "4"],
             "neither a run folder",
         ),
-        (["--data", "toy", "--stage", "generate", "--batch-size", "4"], "--init wants a run of stage align"),
+        (
+            ["--data", "toy", "--stage", "generate", "--batch-size", "4", "--steps", "1"],
+            "--init wants a run of stage align",
+        ),
         (["--data", "toy", "--stage", "align", "--batch-size", "1"], "--batch-size is 1"),
         (["--data", "toy", "--stage", "align", "--lr", "nan"], "--lr is nan"),
         (["--data", "toy", "--stage", "align", "--lr", "inf"], "--lr is inf"),
@@ -596,6 +599,13 @@ def test_wrong_arguments_are_one_line(arguments, told, place):
     arguments = [a.replace("toy", f"toy={place / 'toy'}") if a == "toy" else a for a in arguments]
     with pytest.raises(UserError, match=told):
         train_phase1.main([*arguments, *common])
+    assert not (place / "wrong").exists()
+
+
+def test_a_tiny_try_on_wants_a_qformer_that_was_trained(place):
+    data = ["--data", f"toy={place / 'toy'}", "--preset", "tiny", "--weights", str(place / "weights")]
+    with pytest.raises(UserError, match="no file holds a Q-Former: --init wants a run"):
+        train_phase2.main([*data, "--out", str(place / "wrong"), *SMALL, "--steps", "1"])
     assert not (place / "wrong").exists()
 
 

@@ -1,4 +1,8 @@
-"""Text to token ids. WordPiece is what the Q-Former reads: BERT's uncased tokenizer, written out."""
+"""Text to token ids, and the words around them.
+
+WordPiece is what the Q-Former reads: BERT's uncased tokenizer, written out. SentencePiece is what the LLM reads and
+writes: Llama's tokenizer, on top of the package `sentencepiece`. `prompt` and `answer_ids` are the LLM's chat template.
+"""
 
 import re
 import string
@@ -6,6 +10,7 @@ import unicodedata
 from pathlib import Path
 
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from unifashion import UserError
@@ -23,6 +28,17 @@ CJK = [
     (0xF900, 0xFAFF),
     (0x2F800, 0x2FA1F),
 ]
+
+# SentencePiece puts a space before every text, its dummy prefix, so that a first word is the same piece as any other.
+# A tokenizer.model is a protobuf message, to which a field may be appended: the last one counts. These four bytes say
+# normalizer_spec.add_dummy_prefix = false.
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+INSTRUCTIONS = {  # Table 7, word for word
+    "fashion200k": "Short description.",
+    "fashiongen": "Write a detail and professional description for the cloth.",
+    "fashioniq-cap": "Describe the cloth’s style, color, design… and other key points.",
+}
 
 
 class WordPiece:
@@ -91,6 +107,92 @@ class WordPiece:
             pieces.append(piece)
             start = end
         return pieces or ["[UNK]"]
+
+
+class SentencePiece:
+    """Llama's tokenizer (arXiv 2302.13971): BPE whose pieces keep their spaces, as ▁, and bytes for what is in no piece.
+
+    `path` is the `tokenizer.model` of Llama or Vicuna (32000 pieces). Raises UserError when it cannot be read, is cut
+    short or no SentencePiece model, lacks <s>, </s> or <unk>, or changes texts, which Llama's model never does. A
+    wrong letter inside a piece cannot be noticed here. `bos`, `eos` and `unk` are the ids of <s>, </s> and <unk>.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            model = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error}") from error
+        probe = "  \U0010ffff  "  # the settings are the end of the file: without them it may load, but drop spaces
+        try:
+            # Two loads, and the file as it is first: cut short, it could take the appended bytes for its own.
+            self.first = SentencePieceProcessor(model_proto=model)
+            self.later = SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
+            specials = {token: self.first.piece_to_id(token) for token in ("<s>", "</s>", "<unk>")}
+            missing = [token for token, i in specials.items() if self.first.id_to_piece(i) != token]
+            keeps = self.first.decode(self.first.encode(probe)) == probe
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not a SentencePiece model, or damaged") from error
+        if missing:
+            raise UserError(f"{path} is not a tokenizer for Llama: it lacks {' '.join(missing)}")
+        if not keeps:
+            raise UserError(
+                f"{path} is cut short, or not a tokenizer for Llama: it drops spaces or characters"
+            )
+        self.specials = specials
+        self.bos, self.eos, self.unk = specials.values()
+
+    def __len__(self) -> int:
+        return self.first.get_piece_size()
+
+    def encode(self, text: str, bos: bool = True, legacy: bool = False, prefix: bool = True) -> list[int]:
+        """Ids of `text`, after <s> if `bos`. <s>, </s> and <unk> written in the text stand for themselves.
+
+        Without `prefix` the text gets no dummy prefix: it continues what precedes it, for instance a soft prompt. So
+        does a text after a special token; `legacy` gives it the prefix there. transformers has the same flag: Vicuna 1.5
+        and LLaVA 1.5 say legacy=False, older models True. Without special tokens in the text it changes nothing.
+        """
+        ids = [self.bos] if bos else []
+        for part in re.split("(</?s>|<unk>)", text):
+            if part in self.specials:
+                ids.append(self.specials[part])
+                prefix = legacy
+            else:
+                # Not one processor on "<unk>" + part, less the first pieces: the > would merge, <unk></Img> holds "></".
+                ids += (self.first if prefix else self.later).encode(part)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, without special tokens; bytes that are no UTF-8 become U+FFFD.
+
+        Its first space, if any, is taken for the dummy prefix and goes, as in SentencePiece itself: what `encode` made of
+        a text comes back exactly. (transformers' legacy decoding loses a second one.) Raises IndexError for an unknown id.
+        """
+        return self.first.decode([i for i in ids if i not in self.specials.values()])
+
+
+def prompt(tokenizer: SentencePiece, style: str) -> tuple[list[int], list[int]]:
+    """Ids before and after the soft prompt in "USER: <Img>(soft prompt)</Img>(instruction) Assistant:" (section 3.3).
+
+    Before: <s> and the text up to <Img>, which is plain text to Llama, as </Img> is. After: a continuation of the soft
+    prompt, so without dummy prefix. The + that the paper writes before an instruction is taken for "followed by".
+    The template's space after "Assistant:" is not here. It is the dummy prefix of the answer, which `answer_ids` encodes
+    as a text of its own: ":", "▁a", "▁red", the pieces of the whole written in one go. A space here would be a piece
+    of its own, and the answer's first word one without its space: ":", "▁", "a". Raises UserError for an unknown style.
+    """
+    if style not in INSTRUCTIONS:
+        raise UserError(f"unknown caption style {style!r}: it is one of {', '.join(INSTRUCTIONS)}")
+    after = f"</Img>{INSTRUCTIONS[style]} Assistant:"
+    return tokenizer.encode("USER: <Img>"), tokenizer.encode(after, bos=False, prefix=False)
+
+
+def answer_ids(tokenizer: SentencePiece, text: str, room: int) -> list[int]:
+    """Ids of the answer and </s>, at most `room` of them. Raises ValueError if there is no room at all.
+
+    An answer that is cut has no </s>: it would teach the LLM to stop in the middle of a sentence.
+    """
+    if room < 1:
+        raise ValueError(f"no room for an answer: {room} tokens")
+    return [*tokenizer.encode(text, bos=False), tokenizer.eos][:room]
 
 
 def build_vocab(texts: list[str]) -> list[str]:

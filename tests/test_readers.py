@@ -1,21 +1,28 @@
-"""The readers of Fashion200K, VITON-HD and MGD against a small drawn world in their original layouts."""
+"""The readers of Fashion200K, VITON-HD, MGD, FashionGen and Fashion-IQ-Cap against a small drawn world in their original layouts."""
 
 import json
 import os
+import pickle
 import shutil
 import struct
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader, get_worker_info
 
 from unifashion import UserError
 from unifashion.data import toy
 from unifashion.data.fashion200k import Fashion200K
+from unifashion.data.fashiongen import FashionGen
+from unifashion.data.fashioniq import FashionIQCap
 from unifashion.data.mgd import MGD
 from unifashion.data.vitonhd import FOLDERS, VITONHD
+
+SAMPLES = Path(os.environ.get("UNIFASHION_SAMPLES", "/nonexistent"), "fashioniq_cap")
 
 
 def test_fashion200k_gives_each_view_with_its_own_caption(root):
@@ -42,6 +49,209 @@ def test_captions_with_letters_beyond_ascii_are_read(copy):
     label = copy / "fashion200k/labels/top_train_detect_all.txt"
     label.write_text("women/a/1/1_0.jpeg\t0.9\tcafé-au-lait blouse\n", encoding="utf-8")
     assert ("women/a/1/1_0.jpeg", "café-au-lait blouse") in Fashion200K(copy / "fashion200k").rows
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_fashiongen_gives_each_view_with_title_and_description(fashiongen, split):
+    data = FashionGen(fashiongen / "fashiongen", split)
+    first, n = {"train": (0, 12), "validation": (12, 2), "test": (14, 2)}[split]
+    assert len(data) == 3 * n == len(data.products)
+    with h5_file(fashiongen, split, "r") as file:
+        for i, item in enumerate(data[i] for i in range(len(data))):
+            product = str(90_000_000 + first + i // 3)
+            assert item["path"] == f"{split}/{i}" and item["product"] == data.products[i] == product
+            assert item["image"].mode == "RGB"
+            assert np.array_equal(np.asarray(item["image"]), file["input_image"][i])
+            name, description = (file[f"input_{key}"][i][0].decode() for key in ("name", "description"))
+            assert item["text"] == f"{name}. {description}"
+            assert item["category"].encode() == file["input_category"][i][0]
+            assert item["subcategory"].encode() == file["input_subcategory"][i][0]
+    assert data[-1]["path"] == f"{split}/{len(data) - 1}"
+    with pytest.raises(IndexError):
+        data[len(data)]
+
+
+def test_fashiongens_split_val_is_validation(fashiongen):
+    data = FashionGen(fashiongen / "fashiongen", "val")
+    assert (
+        data[0]["path"] == "validation/0" and data.texts == FashionGen(data.file.parent, "validation").texts
+    )
+
+
+def test_fashiongen_goes_to_workers_after_it_was_read(fashiongen):
+    data = FashionGen(fashiongen / "fashiongen", "train")
+    here = [np.asarray(data[i]["image"]) for i in range(len(data))]
+    opened = data.opened[1]
+    for context in ("fork", "spawn"):
+        loader = DataLoader(
+            data, batch_size=1, num_workers=2, collate_fn=only, multiprocessing_context=context
+        )
+        there = list(loader)
+        assert all(np.array_equal(a, b["image"]) and b["own"] for a, b in zip(here, there, strict=True))
+    assert data.opened[1] is opened and np.array_equal(np.asarray(data[0]["image"]), here[0])
+    assert pickle.loads(pickle.dumps(data)).opened is None
+
+
+def test_mark_up_in_fashiongens_texts_is_gone_and_words_stay_apart(fashiongen_copy):
+    with h5_file(fashiongen_copy) as file:
+        n = len(file["input_image"])
+        put(file, "input_name", [[b"<b>Skirt</b>"]] * n)
+        put(file, "input_description", [[b"In black.<br>Fits 3 < 4 &amp; 5.<br />\n<br/>Tonal."]] * n)
+    assert set(FashionGen(fashiongen_copy / "fashiongen").texts) == {
+        "Skirt. In black. Fits 3 < 4 &amp; 5. Tonal."
+    }
+
+
+def test_fashiongens_strings_are_latin_1_on_one_line_and_its_ids_of_any_type(fashiongen_copy):
+    with h5_file(fashiongen_copy) as file:
+        n = len(file["input_image"])
+        put(file, "input_name", [["Pull  c\xf4tel\xe9".encode("iso-8859-1")]] * n)
+        put(file, "input_description", [[b"\r\nTonal\xa0stitching.\n"]] * n)
+        put(file, "input_productID", np.array([b"7a"] * n))
+    item = FashionGen(fashiongen_copy / "fashiongen")[1]
+    assert item["text"] == "Pull c\xf4tel\xe9. Tonal stitching." and item["product"] == "7a"
+
+
+@pytest.mark.parametrize("key", ["image", "name", "description", "category", "subcategory", "productID"])
+def test_what_fashiongen_lacks_is_named(fashiongen_copy, key):
+    with h5_file(fashiongen_copy) as file:
+        del file[f"input_{key}"]
+    with pytest.raises(UserError, match=f"train.h5 lacks input_{key}"):
+        FashionGen(fashiongen_copy / "fashiongen")
+
+
+def test_columns_of_fashiongen_that_do_not_fit_are_refused(fashiongen_copy):
+    with h5_file(fashiongen_copy) as file:
+        put(file, "input_name", file["input_name"][:-1])
+    with pytest.raises(UserError, match="numbers of rows differ: .*'image': 36, 'name': 35"):
+        FashionGen(fashiongen_copy / "fashiongen")
+    with h5_file(fashiongen_copy) as file:
+        put(file, "input_image", np.zeros((36, 8, 8), np.uint8))
+    with pytest.raises(UserError, match="input_image is uint8.*not uint8"):
+        FashionGen(fashiongen_copy / "fashiongen")
+
+
+@pytest.mark.parametrize("harm", ["cut", "renamed", "empty"])
+def test_a_damaged_file_of_fashiongen_is_named(fashiongen_copy, harm):
+    path = fashiongen_copy / "fashiongen/fashiongen_256_256_train.h5"
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[:-100], "renamed": b"<html>" * 100, "empty": b""}[harm])
+    with pytest.raises(UserError, match=f"{path}: cut short, or not HDF5"):
+        FashionGen(fashiongen_copy / "fashiongen")
+
+
+def test_a_damaged_picture_of_fashiongen_is_named_and_the_others_are_read(fashiongen_copy):
+    with h5_file(fashiongen_copy, mode="r") as file:
+        chunk = file["input_image"].id.get_chunk_info(4)
+    with open(fashiongen_copy / "fashiongen/fashiongen_256_256_train.h5", "r+b") as file:
+        file.seek(chunk.byte_offset)
+        file.write(bytes(chunk.size))
+    data = FashionGen(fashiongen_copy / "fashiongen")
+    with pytest.raises(UserError, match="train.h5: the picture of row 4 cannot be read"):
+        data[4]
+    assert data[3]["path"] == "train/3" and data[5]["path"] == "train/5"
+
+
+def test_fashiongen_says_where_it_is_asked_for_and_that_it_needs_h5py(fashiongen, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="validation.h5 is missing: .*fashion-gen.com.*--data toy"):
+        FashionGen(tmp_path, "val")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(UserError, match="pip install h5py"):
+        FashionGen(fashiongen / "fashiongen")
+
+
+def test_fashioniq_gives_each_picture_with_its_caption(root):
+    seen = set()
+    for split, n in (("train", 24), ("val", 0), ("test", 4)):
+        data = FashionIQCap(root / "fashioniq", split)
+        assert len(data) == n == len(data.products)
+        captions = {}
+        for kind in ("dress", "shirt", "toptee"):
+            file = root / f"fashioniq/next_llava.{split}.{kind}.caption.json"
+            captions |= {row["image"]: (kind, row["caption"]) for row in json.loads(file.read_text())}
+        for i, item in enumerate(data[i] for i in range(n)):
+            assert item["product"] == data.products[i] and item["path"] == f"images/{item['product']}.png"
+            assert (item["category"], "\n" + item["text"]) == captions[item["product"]]
+            stored = Image.open(root / "fashioniq" / item["path"])
+            assert np.array_equal(np.asarray(item["image"]), np.asarray(stored))
+            assert item["image"].mode == "RGB" and item["text_guidance"] == ""
+            seen.add(item["product"])
+    assert len(seen) == 28
+
+
+def test_captions_of_fashioniq_lose_their_stars_and_line_breaks_and_pictures_may_be_jpegs(copy):
+    data = FashionIQCap(copy / "fashioniq")
+    category, row = data.rows[0]
+    file = copy / f"fashioniq/next_llava.train.{category}.caption.json"
+    items = json.loads(file.read_text())
+    items[0]["caption"] = "\n\nThe top is a **red** one.\n\nIt is **plain**.\n"
+    file.write_text(json.dumps(items))
+    picture = copy / f"fashioniq/images/{row['image']}.png"
+    Image.open(picture).save(picture.with_suffix(".jpg"))
+    picture.unlink()
+    item = FashionIQCap(copy / "fashioniq")[0]
+    assert item["text"] == "The top is a red one. It is plain." and item["path"].endswith(".jpg")
+    picture.with_suffix(".jpg").unlink()
+    with pytest.raises(UserError, match=f"{row['image']}.png: cannot be read"):
+        data[0]
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda text: text[:-9], "not whole JSON"),
+        (lambda text: "{}", "not a list"),
+        (lambda text: '["B0"]', "row 0 has not the texts"),
+        (lambda text: text.replace('"caption"', '"captions"'), "row 0 has not the texts image, caption"),
+        (
+            lambda text: text.replace('"text_guidance": ""', '"text_guidance": null'),
+            "row 0 has not the texts",
+        ),
+        (lambda text: '[{"image": "B0", "caption": "\\n** **", "text_guidance": ""}]', "row 0 has an empty"),
+    ],
+)
+def test_broken_captions_of_fashioniq_are_named_with_their_row(copy, harm, message):
+    file = copy / "fashioniq/next_llava.train.toptee.caption.json"
+    file.write_text(harm(file.read_text()))
+    with pytest.raises(UserError, match=f"{file}: {message}"):
+        FashionIQCap(copy / "fashioniq")
+
+
+def test_fashioniq_says_that_train_captions_were_never_released_and_where_the_rest_is(copy):
+    for file in (copy / "fashioniq").glob("next_llava.*.shirt.*"):
+        file.unlink()
+    with pytest.raises(UserError, match="lacks next_llava.train.shirt.caption.json: .*never released"):
+        FashionIQCap(copy / "fashioniq", "train")
+    with pytest.raises(UserError, match="lacks next_llava.test.shirt.*github.com.*--data toy"):
+        FashionIQCap(copy / "fashioniq", "test")
+
+
+def test_fashioniq_without_pictures_is_refused(copy):
+    shutil.rmtree(copy / "fashioniq/images")
+    with pytest.raises(UserError, match="lacks images/: .*fashion-iq"):
+        FashionIQCap(copy / "fashioniq", "train")
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs the sample annotations: set UNIFASHION_SAMPLES")
+def test_the_released_captions_of_fashioniq_are_read(tmp_path):
+    for file in SAMPLES.glob("next_llava.val.*.json"):
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "images").mkdir()
+    data = FashionIQCap(tmp_path, "val")
+    Image.new("RGB", (5, 7)).save(tmp_path / f"images/{data.products[0]}.png")
+    assert len(data) == 3817 + 6346 + 5373 and data.products[0] == "B009PMCJLW"
+    assert all(
+        "**" not in row["caption"] and row["caption"] == row["caption"].strip() for _, row in data.rows
+    )
+    item = data[0]
+    assert item["category"] == "dress" and item["text"].startswith("The dress is a fitted, knee-length")
+
+
+@pytest.mark.parametrize("reader", [Fashion200K, FashionGen, FashionIQCap])
+def test_products_are_those_of_the_items(request, reader):
+    root = request.getfixturevalue("fashiongen" if reader is FashionGen else "root")
+    data = reader(root / {Fashion200K: "fashion200k", FashionGen: "fashiongen"}.get(reader, "fashioniq"))
+    assert data.products == [data[i]["product"] for i in range(len(data))]
 
 
 def test_vitonhd_pairs_by_the_first_column_and_unpairs_by_the_second(root):
@@ -114,10 +324,10 @@ def test_a_missing_folder_of_vitonhd_is_named(copy, folder):
         VITONHD(copy / "vitonhd", "train")
 
 
-@pytest.mark.parametrize("reader", [Fashion200K, VITONHD, MGD])
+@pytest.mark.parametrize("reader", [Fashion200K, VITONHD, MGD, FashionIQCap])
 def test_an_empty_folder_is_refused_with_where_to_get_the_data(tmp_path, reader):
     with pytest.raises(UserError, match="github.com.*--data toy"):
-        reader(tmp_path, "train")
+        reader(tmp_path, "test")
 
 
 def test_mgd_without_annotations_says_where_they_are(copy):
@@ -193,6 +403,33 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(root, tmp_path) -> Path:
     return Path(shutil.copytree(root, tmp_path / "toy"))
+
+
+@pytest.fixture(scope="module")
+def fashiongen(tmp_path_factory) -> Path:
+    pytest.importorskip("h5py")
+    return toy.ensure(tmp_path_factory.mktemp("gen") / "toy", train=6, val=2, test=2, quiet=True)
+
+
+@pytest.fixture
+def fashiongen_copy(fashiongen, tmp_path) -> Path:
+    shutil.copytree(fashiongen / "fashiongen", tmp_path / "fashiongen")
+    return tmp_path
+
+
+def h5_file(root: Path, split: str = "train", mode: str = "r+"):
+    import h5py
+
+    return h5py.File(root / f"fashiongen/fashiongen_256_256_{split}.h5", mode)
+
+
+def put(file, key: str, values) -> None:
+    del file[key]
+    file[key] = values
+
+
+def only(batch: list) -> dict:
+    return batch[0] | {"own": get_worker_info().dataset.opened[0] == os.getpid()}
 
 
 def rows(root: Path, split: str = "train") -> list[dict]:

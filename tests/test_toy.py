@@ -2,7 +2,13 @@
 
 import hashlib
 import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -12,7 +18,7 @@ import pytest
 from PIL import Image
 
 from unifashion import UserError
-from unifashion.data import toy
+from unifashion.data import shops, toy
 from unifashion.data.body import POSE_HUES, Body, body_of, pose_parts
 from unifashion.data.cloth import pattern_cover
 from unifashion.data.drawing import apply
@@ -24,9 +30,17 @@ from unifashion.data.texts import (
     SLEEVE_WORDS,
     caption,
     chunks,
+    named,
 )
 
-SMALL = {"train": 12, "val": 3, "test": 4, "quiet": True}
+
+def add_both(root: Path) -> None:
+    for name, workers in (("fashioniq", 1), ("fashiongen", 3)):  # neither order nor processes of `ensure`
+        assert toy.part(root, name, quiet=True, workers=workers) == root / name
+
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"train": 12, "val": 4, "test": 8, "quiet": True}
 GREY_KNIT = toy.Garment("sweater", "grey", "yellow", "striped", "long", "v", "regular")
 
 
@@ -234,6 +248,190 @@ def test_an_interrupted_drawing_leaves_no_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["fashiongen", "fashioniq"])
+def test_the_parts_show_in_val_and_test_the_worlds_garments_with_the_truth_in_words(world, name):
+    shown = READ[name](world)
+    for split in ("val", "test"):
+        assert len(shown[split]) == len(rows(world, split))
+        for i, (row, (_, text, views)) in enumerate(zip(rows(world, split), shown[split], strict=True)):
+            assert named(text, STYLES[name]) == truth(row)
+            check_views(views, toy.Garment(**row["garment"]), i)
+
+
+@pytest.mark.parametrize(("name", "times"), [("fashiongen", 2), ("fashioniq", 4)])
+def test_the_parts_have_in_train_garments_of_their_own_that_belong_to_train(world, name, times):
+    shown = READ[name](world)["train"]
+    assert len(shown) == times * SMALL["train"]
+    own = [garment_said(text, STYLES[name]) for _, text, _ in shown]
+    held = {combination(row) for split in ("val", "test") for row in rows(world, split)}
+    for i, (g, (_, _, views)) in enumerate(zip(own, shown, strict=True)):
+        assert toy.split_of(g) == "train" and looks(g) not in held
+        check_views(views, g, i)
+    assert len(set(map(looks, own))) > 0.9 * len(own)
+    worlds = [combination(row) for row in rows(world, "train")]
+    assert not any(looks(g) == w for g, w in zip(own, worlds, strict=False))
+
+
+def test_the_parts_differ_from_one_another_in_train(world):
+    pytest.importorskip("h5py")
+    gen, iq = ([garment_said(text, STYLES[n]) for _, text, _ in READ[n](world)["train"]] for n in READ)
+    assert not any(looks(a) == looks(b) for a, b in zip(gen, iq, strict=False))
+
+
+@pytest.mark.parametrize("name", ["fashiongen", "fashioniq"])
+def test_ids_of_the_parts_are_running_numbers_over_the_splits(world, name):
+    ids = [number for shown in READ[name](world).values() for number, _, _ in shown]
+    first = {"fashiongen": 90_000_000, "fashioniq": 0}[name]
+    assert ids == list(range(first, first + len(ids)))
+
+
+def test_fashiongen_has_the_columns_of_the_original(world):
+    h5py = pytest.importorskip("h5py")
+    for split, n in (("train", 24), ("validation", 4), ("test", 8)):
+        with h5py.File(world / f"fashiongen/fashiongen_256_256_{split}.h5") as file:
+            table = {key: file[key][()] for key in file}
+        assert set(table) == FASHIONGEN_KEYS
+        pictures = table.pop("input_image")
+        assert pictures.shape == (3 * n, 128, 128, 3) and pictures.dtype == np.uint8
+        assert {column.shape for column in table.values()} == {(3 * n, 1)}
+        assert all(text.isupper() for (text,) in table["input_category"].astype(str))
+        assert table["input_pose"][:, 0].tolist() == [b"id_gridfs_1", b"id_gridfs_2", b"id_gridfs_3"] * n
+
+
+def test_fashioniq_lists_every_picture_once_under_the_kind_of_its_garment(world):
+    folder, seen = world / "fashioniq", []
+    for split, kind in product(toy.SPLITS, ("dress", "shirt", "toptee")):
+        items = json.loads((folder / f"next_llava.{split}.{kind}.caption.json").read_text())
+        names = json.loads((folder / f"image_splits/split.{kind}.{split}.json").read_text())
+        assert [item["image"] for item in items] == names
+        for item in items:
+            (category,) = named(item["caption"], "fashioniq-cap")["category"]
+            assert kind == (category if category in ("dress", "shirt") else "toptee")
+            assert item["text_guidance"] == "" and item["caption"][0] == "\n"
+        seen += [f"{name}.png" for name in names]
+    assert len(set(seen)) == len(seen)
+    assert sorted(seen) == sorted(path.name for path in (folder / "images").iterdir())
+
+
+@pytest.mark.parametrize("add", [lambda root: toy.ensure(root, **SMALL), add_both], ids=["ensure", "part"])
+def test_a_world_from_before_gets_the_two_new_folders_and_keeps_its_bytes(world, tmp_path, add):
+    pytest.importorskip("h5py")
+    old = copy_without_parts(world, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in old.rglob("*") if path.is_file()}
+    add(old)
+    assert contents(old) == contents(world)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_without_h5py_only_fashiongen_is_left_out_and_a_note_says_how_to_get_it(
+    world, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("h5py")
+    with monkeypatch.context() as gone:
+        gone.setitem(sys.modules, "h5py", None)
+        made = toy.ensure(tmp_path / "toy", **SMALL)
+        assert capsys.readouterr().err == (
+            "ToyFashion without fashiongen/: FashionGen is in HDF5, which needs h5py: pip install h5py\n"
+        )
+        with pytest.raises(UserError, match="pip install h5py"):
+            toy.part(made, "fashiongen")
+        assert capsys.readouterr().err == ""
+        assert sorted(contents(made)) == [
+            p for p in sorted(contents(world)) if not p.startswith("fashiongen")
+        ]
+    toy.ensure(made, **SMALL)
+    assert contents(made) == contents(world) and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("where", ["drawing", "writing"])
+@pytest.mark.parametrize("name", ["fashiongen", "fashioniq"])
+def test_an_interrupted_part_leaves_nothing_and_is_drawn_again(world, tmp_path, monkeypatch, name, where):
+    pytest.importorskip("h5py")
+    old = copy_without_parts(world, tmp_path)
+    before, draw_product = contents(old), toy.draw_product
+    last = toy.Garment(**rows(world, "test")[-1]["garment"])
+
+    def stop_drawing(g: toy.Garment, *args):
+        if g == last:
+            raise KeyboardInterrupt
+        return draw_product(g, *args)
+
+    class StopWriting(toy.tqdm):
+        def update(self, n: int = 1) -> None:
+            self.taken = getattr(self, "taken", 0) + n
+            if self.taken > 30:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where == "drawing":  # in a worker, which has the patch by its fork
+            patch.setattr(shops, "draw_product", stop_drawing)
+        else:
+            patch.setattr(shops, "tqdm", StopWriting)
+        with pytest.raises(KeyboardInterrupt):
+            toy.part(old, name, quiet=True)
+    assert contents(old) == before and not list(old.glob("fashion*part*"))
+    toy.part(old, name, quiet=True)
+    assert contents(old).items() <= contents(world).items() and (old / name).is_dir()
+
+
+def test_what_stops_a_part_does_not_wait_for_the_pictures_it_asked_for(world, tmp_path, monkeypatch):
+    old, drawn = copy_without_parts(world, tmp_path), multiprocessing.Value("i", 0)
+
+    def slow(g: toy.Garment, view: int, size: list[int]) -> dict:
+        with drawn:
+            drawn.value += 1
+        time.sleep(0.005)
+        return {"image": Image.new("RGB", size[::-1])}
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(shops, "draw_product", slow)
+    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setitem(shops.PARTS, "fashioniq", (shops.write_fashioniq, 1, 6, 100))
+    with pytest.raises(UserError, match="fashioniq cannot be made: no space left"):
+        toy.part(old, "fashioniq", quiet=True)
+    assert 1 <= drawn.value < 900  # of 1024 that were asked for: a few chunks were under way
+    assert not list(old.glob("fashioniq*")) and not multiprocessing.active_children()
+
+
+def test_pictures_are_asked_for_a_slab_at_a_time_and_come_in_order(monkeypatch):
+    asked, views = [], [(g, i % 3) for i, g in enumerate(garments(7))]
+    monkeypatch.setattr(shops, "SLAB", 3)
+    with ThreadPoolExecutor(2) as pool:
+        pictures = shops.drawn(pool, (asked.append(view) or view for view in views), (128, 96))
+        for i, picture in enumerate(pictures):
+            assert len(asked) == min(7, i // 3 * 3 + 3)
+            assert picture.tobytes() == shops.square((*views[i], (128, 96))).tobytes()
+    assert asked == views
+
+
+def test_a_killed_drawing_leaves_nothing_under_the_final_name(world, tmp_path):
+    old = copy_without_parts(world, tmp_path)
+    program = (
+        "import os, sys\n"
+        "from PIL import Image\n"
+        "from unifashion.data import toy\n"
+        "Image.Image.save = lambda *_: os.kill(0, 9)\n"  # the process group: drawing processes too
+        "toy.part(sys.argv[1], 'fashioniq', quiet=True)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program, old], cwd=ROOT, start_new_session=True)
+    assert ran.returncode == -9 and not (old / "fashioniq").exists()
+    toy.part(old, "fashioniq", quiet=True)
+    made, wanted = contents(old / "fashioniq"), contents(world / "fashioniq")
+    assert made == wanted
+
+
+def test_a_part_wants_a_world_and_names_what_stops_it(world, tmp_path):
+    with pytest.raises(UserError, match="holds no ToyFashion"):
+        toy.part(tmp_path, "fashioniq")
+    old = copy_without_parts(world, tmp_path)
+    (old / "attributes_val.jsonl").unlink()
+    with pytest.raises(UserError, match="fashioniq cannot be made: .*attributes_val.jsonl"):
+        toy.part(old, "fashioniq", quiet=True)
+    assert not list(old.glob("fashioniq*"))
+
+
 @pytest.mark.parametrize("write", [toy.caption, lambda g, rng: ", ".join(toy.chunks(g, rng))])
 def test_texts_say_colour_pattern_and_category_always_and_the_rest_mostly(write):
     rng, said, n = np.random.default_rng(0), Counter(), 1500
@@ -280,6 +478,15 @@ GARMENT_3 = {
 ARMS_3 = ((41.756, -48.391), (10.622, 0.439))
 THUMBNAIL_3 = [[238, 183, 230], [196, 122, 229], [230, 90, 211], [192, 108, 176]]
 FLAT_3 = [[238, 228, 236], [242, 187, 238], [239, 240, 236], [233, 234, 231]]
+
+
+FASHIONGEN_KEYS = {"index", "index_2"} | {
+    f"input_{key}"
+    for key in (
+        "brand", "category", "composition", "concat_description", "department", "description", "gender", "image",
+        "msrpUSD", "name", "pose", "productID", "season", "subcategory",
+    )
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -366,3 +573,73 @@ def contents(root: Path) -> dict[str, bytes]:
     return {
         path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
     }
+
+
+def truth(row: dict) -> dict[str, set[str]]:
+    values = {name: {value} for name, value in row["garment"].items()}
+    return values | ({"second": set()} if row["garment"]["pattern"] == "plain" else {})
+
+
+Shown = dict[
+    str, list[tuple[int, str, list[np.ndarray]]]
+]  # split -> (number, text, pictures) of each garment
+
+
+def read_fashiongen(world: Path) -> Shown:
+    h5py = pytest.importorskip("h5py")
+    shown: Shown = {}
+    for split, name in zip(toy.SPLITS, ("train", "validation", "test"), strict=True):
+        with h5py.File(world / f"fashiongen/fashiongen_256_256_{name}.h5") as file:
+            ids, titles, texts, pictures = (
+                file[f"input_{key}"][()] for key in ("productID", "name", "description", "image")
+            )
+        said = [f"{a.decode()}. {b.decode()}" for a, b in zip(titles[:, 0], texts[:, 0], strict=True)]
+        assert (ids.reshape(-1, 3) == ids[::3]).all() and said == [
+            text for text in said[::3] for _ in range(3)
+        ]
+        shown[split] = [(int(ids[i, 0]), said[i], list(pictures[i : i + 3])) for i in range(0, len(said), 3)]
+    return shown
+
+
+def read_fashioniq(world: Path) -> Shown:
+    folder, shown = world / "fashioniq", {}
+    for split in toy.SPLITS:
+        files = (folder / f"next_llava.{split}.{kind}.caption.json" for kind in ("dress", "shirt", "toptee"))
+        items = sorted(
+            (item["image"], item["caption"]) for file in files for item in json.loads(file.read_text())
+        )
+        assert all(name == f"B0{int(name[2:]):08d}" for name, _ in items)
+        shown[split] = [
+            (int(name[2:]), text, [array(Image.open(folder / f"images/{name}.png"))]) for name, text in items
+        ]
+    return shown
+
+
+READ = {"fashiongen": read_fashiongen, "fashioniq": read_fashioniq}
+STYLES = {"fashiongen": "fashiongen", "fashioniq": "fashioniq-cap"}
+
+
+def check_views(views: list[np.ndarray], g: toy.Garment, index: int) -> None:
+    """All three views, or the one whose turn it is, on a white square."""
+    for i, view in enumerate(views):
+        shot = array(toy.draw_product(g, i if len(views) == 3 else index % 3)["image"])
+        assert view.shape == (128, 128, 3) and np.array_equal(view[:, 16:-16], shot)
+        assert (view[:, :16] == 255).all() and (view[:, -16:] == 255).all()
+
+
+def garment_said(text: str, style: str) -> toy.Garment:
+    """The garment of a text that names every attribute once; no one sees the second colour of a plain one."""
+    said = named(text, style)
+    if said["pattern"] == {"plain"}:
+        said["second"] = {"black"}
+    assert all(len(values) == 1 for values in said.values()), text
+    return toy.Garment(**{name: value for name, (value,) in said.items()})
+
+
+def looks(g: toy.Garment) -> tuple:
+    return tuple(getattr(g, name) for name in toy.COMBINATION)
+
+
+def copy_without_parts(world: Path, folder: Path) -> Path:
+    ignore = shutil.ignore_patterns("fashiongen", "fashioniq")
+    return Path(shutil.copytree(world, folder / "old", ignore=ignore))

@@ -12,7 +12,7 @@ from unifashion.data import open_image
 class Fashion200K:
     """Items {"image": RGB, "text": caption, "path": relative to root, "product": folder name shared by its views}.
 
-    Raises UserError if the labels or the pictures are missing.
+    `products` has the product of each item. Raises UserError if the labels or the pictures are missing.
     """
 
     def __init__(self, root: str | Path, split: str = "train") -> None:
@@ -33,6 +33,7 @@ class Fashion200K:
         if broken:
             raise UserError(f"{self.root}/labels: a line is not path<TAB>score<TAB>caption: {broken}")
         self.rows = [(path, text) for path, _, text in lines]
+        self.products = [Path(path).parent.name for path, _ in self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -40,4 +41,4 @@ class Fashion200K:
     def __getitem__(self, index: int) -> dict:
         path, text = self.rows[index]
         image = open_image(self.root / path)
-        return {"image": image, "text": text, "path": path, "product": Path(path).parent.name}
+        return {"image": image, "text": text, "path": path, "product": self.products[index]}

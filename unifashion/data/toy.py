@@ -1,4 +1,4 @@
-"""ToyFashion: a drawn world of garments and persons, written in the layouts of Fashion200K, VITON-HD and MGD.
+"""ToyFashion: a drawn world of garments and persons, written in the layouts of five data sets.
 
     python -m unifashion.data.toy --out data/toy
 
@@ -13,9 +13,17 @@ garments are never seen in training. Because the world is drawn, the truth is kn
                                     UniFashion's in-shop sketches in cloth-sketch/. Ours: the split val; and in val and
                                     test, truth/<person>_<cloth>.png, the same person drawn in the other cloth, and
                                     truth-mask/ of the same name, where it shows that cloth
+    fashiongen/                     FashionGen's HDF5 files: three views on a white square, title and description.
+                                    Left out where h5py is not installed
+    fashioniq/                      Fashion-IQ's image_splits/ and images/, one view a garment on a white square, and
+                                    Fashion-IQ-Cap's captions, of all splits
+
+In train the last two have garments of their own, twice and four times as many as the world, as every shop has; in val
+and test they show the world's, whose truth is known, in its order. Their ids are running numbers.
+
+Worlds of version 1 that were drawn before fashiongen/ and fashioniq/ existed get them from `ensure` or `part`.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -29,137 +37,33 @@ from PIL import Image
 from tqdm import tqdm
 
 from unifashion import Parser, UserError
-from unifashion.data.body import (
-    BOTTOMS,
-    FLOORS,
-    HAIR_COLOURS,
-    HAIRSTYLES,
-    PROPS,
-    SHOE_COLOURS,
-    SKIN,
-    TROUSERS,
-    WALLS,
-    Person,
-    draw_pose,
-)  # fmt: skip
+from unifashion.data.body import Person, draw_pose
 from unifashion.data.cloth import PALETTE, Garment, draw_product, draw_sketch
 from unifashion.data.figure import draw_person
+from unifashion.data.shops import add_parts, part
 from unifashion.data.texts import caption, chunks
+from unifashion.data.world import (
+    ATTRIBUTES,
+    COMBINATION,
+    DRESS_LENGTHS,
+    SECOND,
+    SPLITS,
+    TOP_LENGTHS,
+    lab,
+    main_colour,
+    sample_garment,
+    sample_person,
+    split_of,
+    stream,
+)  # fmt: skip
 
 __all__ = [
-    "ATTRIBUTES", "PALETTE", "VERSION", "Garment", "Person", "caption", "chunks", "draw_person", "draw_pose",
-    "draw_product", "draw_sketch", "ensure", "main_colour", "sample_garment", "sample_person", "split_of",
+    "ATTRIBUTES", "COMBINATION", "DRESS_LENGTHS", "PALETTE", "SECOND", "SPLITS", "TOP_LENGTHS", "VERSION", "Garment", "Person",
+    "caption", "chunks", "draw_person", "draw_pose", "draw_product", "draw_sketch", "ensure", "lab", "main_colour", "part",
+    "sample_garment", "sample_person", "split_of",
 ]  # fmt: skip
 VERSION = 1
-SPLITS = ("train", "val", "test")
 COUNTS = {"train": 8000, "val": 400, "test": 1000}
-ATTRIBUTES = {
-    "category": ("t-shirt", "shirt", "sweater", "jacket", "dress"),
-    "colour": tuple(PALETTE),
-    "second": tuple(PALETTE),
-    "pattern": ("plain", "striped", "pinstriped", "dotted", "checked", "chevron"),
-    "sleeve": ("sleeveless", "short", "long"),
-    "neckline": ("round", "v", "square"),
-    "length": ("cropped", "regular", "long", "mini", "midi", "maxi"),
-}
-TOP_LENGTHS, DRESS_LENGTHS = ATTRIBUTES["length"][:3], ATTRIBUTES["length"][3:]
-COMBINATION = ("category", "colour", "pattern", "sleeve", "neckline", "length")
-
-# ---------------------------------------------------------------------------------------------- sampling
-
-
-def lab(rgb) -> np.ndarray:
-    """CIELAB (D65) of sRGB (..., 3) in 0..255."""
-    x = np.asarray(rgb, float) / 255
-    x = np.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92)
-    xyz = x @ np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).T
-    f = xyz / (0.9505, 1.0, 1.089)
-    f = np.where(f > 0.008856, np.cbrt(f), 7.787 * f + 16 / 116)
-    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
-
-
-PALETTE_LAB = lab(list(PALETTE.values()))
-# A second colour must differ clearly from the first: at least 48 CIELAB units.
-SECOND = {
-    a: tuple(b for j, b in enumerate(PALETTE) if np.linalg.norm(PALETTE_LAB[i] - PALETTE_LAB[j]) >= 48)
-    for i, a in enumerate(PALETTE)
-}
-
-
-def main_colour(image: np.ndarray, mask: np.ndarray) -> str:
-    """The palette's name for most of a garment: each pixel votes for its nearest entry.
-
-    image (h,w,3) 0..255, mask (h,w) true on the garment. Distance in CIELAB with lightness at half weight, because
-    light and folds change lightness most.
-    """
-    pixels = lab(image[np.asarray(mask, bool)])
-    distance = np.linalg.norm((pixels[:, None] - PALETTE_LAB) * (0.5, 1, 1), axis=-1)
-    return list(PALETTE)[np.bincount(distance.argmin(1), minlength=len(PALETTE)).argmax()]
-
-
-def split_of(g: Garment) -> str:
-    """The split that owns this combination of attributes: 85 % train, 5 % val, 10 % test."""
-    key = "/".join(getattr(g, name) for name in COMBINATION)
-    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
-    return "train" if bucket < 85 else "val" if bucket < 90 else "test"
-
-
-def sample_garment(rng: np.random.Generator, split: str | None = None) -> Garment:
-    """A garment, each attribute uniform; with `split`, one of that split's combinations."""
-    while True:
-        pick = {
-            name: str(rng.choice(ATTRIBUTES[name]))
-            for name in ("category", "colour", "pattern", "sleeve", "neckline")
-        }
-        pick["second"] = str(rng.choice(SECOND[pick["colour"]]))
-        pick["length"] = str(rng.choice(DRESS_LENGTHS if pick["category"] == "dress" else TOP_LENGTHS))
-        g = Garment(**pick)
-        if split is None or split_of(g) == split:
-            return g
-
-
-def sample_person(rng: np.random.Generator, difficulty: float = 1.0) -> Person:
-    """A person; `difficulty` widens pose and build (0 = everyone stands alike) around version 1's 1.0."""
-
-    def wide(centre: float, half: float, low: float = -1e9, high: float = 1e9) -> float:
-        return round(float(np.clip(centre + difficulty * half * rng.uniform(-1, 1), low, high)), 3)
-
-    def arm() -> tuple[float, float]:
-        if rng.random() < 0.2 * min(difficulty, 2):  # a hand on the hip
-            return wide(46, 5, 35, 60), wide(-44, 7, -60, -30)
-        upper = wide(19, 11, 4, 55)
-        return upper, round(float(np.clip(upper + difficulty * rng.uniform(-16, 8), -30, 60)), 3)
-
-    def index(table) -> int:
-        return int(rng.integers(len(table)))
-
-    return Person(
-        skin=index(SKIN),
-        hair=str(rng.choice(HAIRSTYLES)),
-        hair_colour=index(HAIR_COLOURS),
-        arms=(arm(), arm()),
-        lean=wide(0, 3.5, -12, 12),
-        shift=(wide(0, 3.5, -8, 8), wide(0, 0.8, -1.5, 1.5)),
-        scale=wide(1.0, 0.04, 0.88, 1.05),
-        build=wide(1.0, 0.06, 0.85, 1.15),
-        stance=wide(0.6, 0.6, 0, 2.5),
-        bottom=str(rng.choice(BOTTOMS)),
-        bottom_colour=index(TROUSERS),
-        shoes=index(SHOE_COLOURS),
-        wall=index(WALLS),
-        floor=index(FLOORS),
-        floor_height=wide(110, 3.5, 104, 118),
-        prop=str(rng.choice(PROPS)),
-        prop_right=bool(rng.random() < 0.5),
-    )
-
-
-# ---------------------------------------------------------------------------------------------- writing
-
-
-def stream(seed: int, split: str, index: int, purpose: int) -> np.random.Generator:
-    """The random numbers of one item and one purpose (0 garment, 1 person, 2 texts): independent of all others."""
-    return np.random.default_rng([seed, SPLITS.index(split), index, purpose])
 
 
 def item(seed: int, difficulty: float, split: str, index: int) -> tuple[Garment, Person]:
@@ -209,8 +113,8 @@ def write_item(job: tuple) -> dict:
     save(worn["parse"], viton / "image-parse-v3" / f"{name}.png")
     save(worn["sketch"], viton / "im_sketch" / f"{name}.png")
     body = {"person_id": [-1], "pose_keypoints_2d": [round(float(x), 3) for x in worn["keypoints"].ravel()]}
-    for part in ("face", "hand_left", "hand_right"):
-        body[f"{part}_keypoints_2d"] = []
+    for limb in ("face", "hand_left", "hand_right"):
+        body[f"{limb}_keypoints_2d"] = []
     path = viton / "openpose_json" / f"{name}_keypoints.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"version": 1.3, "people": [body]}))
@@ -280,7 +184,8 @@ def ensure(
 ) -> Path:
     """Draw the world under `root` unless it is there already; returns `root`.
 
-    It is drawn beside `root` and renamed at the end, so a folder with this name is always complete.
+    It is drawn beside `root` and renamed at the end, so a folder with this name is always complete. Only fashiongen/
+    and fashioniq/ may be missing: those are added where they can be, else a note on stderr says why not.
     Raises UserError if `root` holds a world of other settings, or something else.
     """
     root = Path(root).resolve()
@@ -292,6 +197,7 @@ def ensure(
     if (root / "toy.json").is_file():
         found = json.loads((root / "toy.json").read_text())
         if found == settings:
+            add_parts(root, quiet, workers)
             return root
         raise UserError(
             f"{root} holds a ToyFashion of other settings ({found}, wanted {settings}): name another folder."
@@ -320,6 +226,7 @@ def ensure(
                 rows[job[3]].append(row)
         write_tables(temporary, rows)
         (temporary / "toy.json").write_text(json.dumps(settings))
+        add_parts(temporary, quiet, workers)
         if root.exists():
             root.rmdir()
         temporary.rename(root)
@@ -329,7 +236,9 @@ def ensure(
 
 
 def main() -> None:
-    parser = Parser(description="Draw ToyFashion in the layouts of Fashion200K, VITON-HD and MGD.")
+    parser = Parser(
+        description="Draw ToyFashion in the layouts of Fashion200K, VITON-HD, MGD, FashionGen and Fashion-IQ."
+    )
     parser.add_argument("--out", default="data/toy", help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--difficulty", type=float, default=1.0, help="pose variation; 1.0 is version 1")

@@ -1,6 +1,7 @@
 """Phase 1, cross-modal pre-training (Sec. 3.1): image-text pairs teach the Q-Former, then its readers, one after the other.
 
 align      ITC + ITM                  Eq. 3-5   the Q-Former learns to compare pictures and texts
+caption    ITG                        Eq. 6     the text adapter and LoRA learn to write a picture's text from Z_I
 generate   q2I                        Eq. 7     the adapters and the U-Net learn to draw a picture from Z_I
 
     python train_phase1.py --data fashion200k --stage align --out runs/align
@@ -22,19 +23,23 @@ from tqdm import tqdm
 
 from unifashion import Parser, UserError, diffusion, losses, runs, training
 from unifashion.config import PRESETS, UniFashionConfig
+from unifashion.data import toy
 from unifashion.data.fashion200k import Fashion200K
-from unifashion.model import UniFashion
+from unifashion.data.fashiongen import FashionGen
+from unifashion.data.fashioniq import FashionIQCap
+from unifashion.model import UniFashion, start_adapter
 from unifashion.preprocess import qformer_image
-from unifashion.tokenizers import WordPiece, blip_caption
+from unifashion.tokenizers import SentencePiece, WordPiece, answer_ids, blip_caption, prompt
 from unifashion.tryon import unet_picture
-from weights.load import PUBLIC_PARTS, company, load_public, tokenizer
+from weights.load import PUBLIC_PARTS, company, llm_tokenizer, load_public, tokenizer
 
 TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
     "align": ["qformer.*"],  # with ln_vision, query tokens, projections, ITM head, temperature
     # Sec. 3.1.2: the Q-Former is frozen
+    "caption": ["text_adapter.*", "llama.*.lora_a", "llama.*.lora_b"],
     "generate": ["image_adapter.*", "style_adapter.*", "null_context", "unet.*"],
 }
-DEFAULTS = {  # align: the official code's; generate: the paper's appendix B
+DEFAULTS = {  # align: the official code's; caption, generate: the paper's appendix B, caption's epochs the code's
     "align": {
         "batch_size": 128,
         "lr": 2e-5,
@@ -42,6 +47,16 @@ DEFAULTS = {  # align: the official code's; generate: the paper's appendix B
         "steps": None,
         "weight_decay": 0.05,
         "betas": (0.9, 0.98),
+        "warmup": 0.05,
+    },
+    "caption": {
+        "batch_size": 32,
+        "lr": 2e-5,
+        "epochs": 2,
+        "steps": None,
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.99),
+        "warmup": 0.03,
     },
     "generate": {
         "batch_size": 32,
@@ -50,21 +65,19 @@ DEFAULTS = {  # align: the official code's; generate: the paper's appendix B
         "steps": 360_000,
         "weight_decay": 0.01,
         "betas": (0.9, 0.999),
+        "warmup": None,  # a fixed rate
     },
 }
 
 
 class Pairs(Dataset):
-    """Pictures and their texts as tensors. `product` tells which pairs belong together."""
+    """Pictures and their texts as tensors, for `align` and `generate`. `product` tells which pairs belong together."""
 
-    def __init__(self, data: Dataset, cfg: UniFashionConfig, words: WordPiece) -> None:
-        self.data, self.cfg, self.words = data, cfg, words
+    def __init__(self, data: dict[str, Dataset], cfg: UniFashionConfig, words: WordPiece) -> None:
+        self.data, self.cfg, self.words = ConcatDataset(data.values()), cfg, words
 
     def __len__(self) -> int:
         return len(self.data)
-
-    def products(self) -> list[str]:
-        return [Path(path).parent.name for part in self.data.datasets for path, _ in part.rows]
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         item = self.data[i]
@@ -78,9 +91,42 @@ class Pairs(Dataset):
         }
 
 
+class Answers(Dataset):
+    """Pictures, and their texts as answers to the instruction of their style: the name of the data set they are from."""
+
+    def __init__(self, data: dict[str, Dataset], cfg: UniFashionConfig, words: SentencePiece) -> None:
+        self.data, self.cfg, self.words = ConcatDataset(data.values()), cfg, words
+        self.style = [style for style, part in data.items() for _ in range(len(part))]
+        self.before = torch.tensor(prompt(words, next(iter(data)))[0])
+        self.after = {style: prompt(words, style)[1] for style in data}
+        self.room = max(map(len, self.after.values())) + cfg.max_caption
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        item, after = self.data[i], self.after[self.style[i]]
+        answer = answer_ids(self.words, item["text"], self.cfg.max_caption)
+        ids = torch.full((self.room,), self.words.eos)
+        ids[: len(after) + len(answer)] = torch.tensor(after + answer)
+        column = torch.arange(self.room)
+        return {
+            "picture": qformer_image(item["image"], self.cfg.vit.image_size[0]),
+            "before": self.before,  # of every sample the same
+            "ids": ids,  # right of the soft prompt: the rest of the template, the answer and its end, padding
+            "answer": (column >= len(after)) & (column < len(after) + len(answer)),
+        }
+
+
 @torch.no_grad()
 def encode_align(model: UniFashion, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"features": model.vit(batch["picture"]), **{k: batch[k] for k in ("ids", "mask", "product")}}
+
+
+@torch.no_grad()
+def encode_caption(model: UniFashion, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    z, _ = model.qformer(model.see(batch["picture"]))
+    return {"z": z, **{k: batch[k] for k in ("before", "ids", "answer")}}
 
 
 @torch.no_grad()
@@ -115,6 +161,13 @@ def align_losses(
     return {"itc": losses.itc(sim, qformer.temp), "itm": losses.itm(logits[: len(ids)], logits[len(ids) :])}
 
 
+def caption_losses(
+    model: UniFashion, batch: dict[str, Tensor], seed: int, step: int, progress: float
+) -> dict[str, Tensor]:
+    logits = model.predict_words(batch["z"], batch["before"][0], batch["ids"])
+    return {"itg": losses.itg(logits, batch["ids"], batch["answer"])}
+
+
 def generate_losses(
     model: UniFashion, batch: dict[str, Tensor], seed: int, step: int, progress: float
 ) -> dict[str, Tensor]:
@@ -130,17 +183,29 @@ def generate_losses(
     return {"q2I": model.q2i(e, noise, t)}
 
 
-STAGES = {"align": (encode_align, align_losses), "generate": (encode_generate, generate_losses)}
+STAGES = {
+    "align": (encode_align, align_losses),
+    "caption": (encode_caption, caption_losses),
+    "generate": (encode_generate, generate_losses),
+}
+READERS = {"fashion200k": Fashion200K, "fashiongen": FashionGen, "fashioniq-cap": FashionIQCap}
+# ToyFashion's weights learned to compare and to draw from short texts; it writes all three styles.
+TOY_PARTS = {"align": ["fashion200k"], "caption": list(READERS), "generate": ["fashion200k"]}
 
 
-def open_data(names: list[str]) -> Dataset:
-    """NAME[=PATH] for each data set -> all of them, one after the other."""
-    parts = []
-    for name, path in (training.name_and_path(n, ("toy", "fashion200k")) for n in names):
+def open_data(names: list[str], stage: str) -> dict[str, Dataset]:
+    """NAME[=PATH] for each data set -> {name: its training split}. Raises UserError for one that is named twice."""
+    parts: dict[str, Dataset] = {}
+    for name, path in (training.name_and_path(n, ("toy", *READERS)) for n in names):
+        folders = {name: path}
         if name == "toy":
-            path = training.toy_folder(path) / "fashion200k"
-        parts.append(Fashion200K(path, "train"))
-    return ConcatDataset(parts)
+            world = training.toy_folder(path)
+            folders = {part: toy.part(world, part.removesuffix("-cap")) for part in TOY_PARTS[stage]}
+        for part, folder in folders.items():
+            if part in parts:
+                raise UserError(f"--data names {part} twice (toy stands for {', '.join(TOY_PARTS[stage])})")
+            parts[part] = READERS[part](folder, "train")
+    return parts
 
 
 def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, resume: bool) -> bool:
@@ -157,16 +222,24 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
     if stage == "align" and size < 2:
         raise UserError("--batch-size is 1: align finds a picture's wrong texts in its batch, 2 at least")
 
-    words = tokenizer(args.preset, args.weights)
-    pairs = Pairs(open_data(args.data), PRESETS[args.preset], words)
-    train_set, val_set = (Subset(pairs, part) for part in training.held_out(pairs.products()))
+    writes = stage == "caption"
+    words = (llm_tokenizer if writes else tokenizer)(args.preset, args.weights)
+    data = open_data(args.data, stage)
+    samples = (Answers if writes else Pairs)(data, PRESETS[args.preset], words)
+    products = [name for part in data.values() for name in part.products]
+    train_set, val_set = (Subset(samples, part) for part in training.held_out(products))
     steps = training.planned_steps(args, hparams, len(train_set), before)
 
     torch.manual_seed(args.seed)  # what no file holds starts random
-    model = load_public(args.preset, args.weights, device)
+    llm_dtype = training.compute_dtype(device, args.dtype)  # what is frozen needs no float32
+    model = load_public(
+        args.preset, args.weights, device, draws=stage == "generate", writes=writes, llm_dtype=llm_dtype
+    )
+    if writes:
+        model.llama.checkpointing = args.preset == "full"
     fresh = not runs.has_checkpoint(out)  # else the checkpoint holds all of what follows
     modules = runs.load_learned(model, runs.model_file(Path(init))) if fresh and init else []
-    if fresh and stage == "generate" and "qformer" not in {*modules, *PUBLIC_PARTS[args.preset]}:
+    if fresh and stage != "align" and "qformer" not in {*modules, *PUBLIC_PARTS[args.preset]}:
         raise UserError(
             f"of preset {args.preset} no file holds a Q-Former: --init wants a run of stage align or later"
         )
@@ -198,15 +271,19 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         see = lambda batch: encode(model, to_device(batch))  # noqa: E731
         return map(to_device, training.batches(data, order, see, cache, args.workers))
 
-    if fresh and stage == "generate" and "image_adapter" not in modules:
+    if fresh and stage != "align" and TRAINABLE[stage][0].removesuffix(".*") not in modules:
         few = training.batch_order(len(train_set), size, args.seed, 0, 8)
         with training.autocast(device, args.dtype):
-            model.start_adapter(torch.cat([batch["z"] for batch in feed(train_set, few, False)]))
+            z = torch.cat([batch["z"] for batch in feed(train_set, few, False)])
+        if writes:  # soft prompts as large as words
+            start_adapter(model.text_adapter, z, float(model.llama.embed.weight.float().std()))
+        else:
+            start_adapter(model.image_adapter, z)
     ema = training.EMA(parameters) if stage == "generate" else None
     state = {"step": 0, "best": float("inf"), "modules": modules}
     if resume:
         state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, ema)
-    modules = sorted({*state["modules"], *(name.split(".")[0] for name in parameters)})
+    modules = sorted({*state["modules"], *map(runs.part_of, parameters)})
 
     def evaluate() -> float:
         model.eval()
@@ -215,11 +292,14 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
             values = [
                 sum(loss_of(model, b, 0, i, 1.0).values()) for i, b in enumerate(feed(val_set, order, False))
             ]
-        if stage == "generate":
-            eight = iter([list(range(min(8, len(val_set))))])
-            draw_samples(
-                model, next(feed(val_set, eight, False)), out / "samples" / f"{state['step']:06}.png"
-            )
+        if stage != "align":
+            eight = training.batch_order(len(val_set), min(8, len(val_set)), 0, 0, 1)
+            batch, path = next(feed(val_set, eight, False)), out / "samples" / f"{state['step']:06}"
+            with training.autocast(device, args.dtype):
+                if writes:
+                    write_samples(model, batch, words, path.with_suffix(".txt"))
+                else:
+                    draw_samples(model, batch, path.with_suffix(".png"))
         training.train_mode(model, parameters)
         return float(torch.stack(values).mean())
 
@@ -231,7 +311,9 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=stage, mininterval=1)
     clock, logged = time.perf_counter(), state["step"]
     for step in bar:
-        rate = training.cosine(step, steps, warmup=max(1, steps // 20)) if stage == "align" else 1.0
+        rate = 1.0
+        if hparams["warmup"] is not None:
+            rate = training.cosine(step, steps, warmup=max(1, int(steps * hparams["warmup"])))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         for micro in range(step * accumulate, (step + 1) * accumulate):
@@ -283,9 +365,23 @@ def draw_samples(model: UniFashion, batch: dict[str, Tensor], path: Path) -> Non
     runs.save_sheet([model.vae.decode(batch["mean"] * scale), model.vae.decode(latent)], path)
 
 
+@torch.no_grad()
+def write_samples(model: UniFashion, batch: dict[str, Tensor], words: SentencePiece, path: Path) -> None:
+    """For each picture of a batch its text, and below what the model writes after the same instruction."""
+    lines = []
+    for z, before, ids, answer in zip(*(batch[k] for k in ("z", "before", "ids", "answer")), strict=True):
+        start = int(answer.int().argmax())
+        room = model.cfg.max_caption
+        written = model.write(z[None], before, ids[None, :start], room, words.eos)[0]
+        lines += [words.decode(ids[answer].tolist()), "-> " + words.decode(written.tolist()), ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--data", nargs="+", required=True, metavar="NAME[=PATH]", help="toy | fashion200k")
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="NAME[=PATH]", help=" | ".join(["toy", *READERS])
+    )
     parser.add_argument("--stage", choices=["all", *STAGES], default="all")
     training.common_arguments(parser, DEFAULTS)
     args = parser.parse_args(argv)

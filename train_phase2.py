@@ -25,7 +25,7 @@ from unifashion import Parser, UserError, diffusion, runs, training
 from unifashion.config import PRESETS, UniFashionConfig
 from unifashion.data.mgd import MGD
 from unifashion.data.vitonhd import VITONHD
-from unifashion.model import UniFashion
+from unifashion.model import UniFashion, start_adapter
 from unifashion.tokenizers import WordPiece, blip_caption
 from unifashion.tryon import garment_tensors, person_tensors, unet_picture
 from weights.load import PUBLIC_PARTS, company, load_public, tokenizer
@@ -195,12 +195,14 @@ def train(task: str, args: argparse.Namespace) -> bool:
     if fresh and "image_adapter" not in modules:
         few = training.batch_order(len(train_set), size, args.seed, 0, 8)
         with training.autocast(device, args.dtype):
-            model.start_adapter(torch.cat([batch["z"] for batch in feed(train_set, few, False)]))
+            start_adapter(
+                model.image_adapter, torch.cat([batch["z"] for batch in feed(train_set, few, False)])
+            )
     ema = training.EMA(parameters)
     state = {"step": 0, "best": float("inf"), "modules": modules}
     if args.resume:
         state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, ema)
-    modules = sorted({*state["modules"], *(name.split(".")[0] for name in parameters)})
+    modules = sorted({*state["modules"], *map(runs.part_of, parameters)})
 
     def evaluate() -> float:
         model.eval()

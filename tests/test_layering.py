@@ -110,7 +110,7 @@ def layer(module: str) -> int | None:
     if top == "unifashion":
         return (
             WIRING
-            if rest.split(".")[0] in ("model", "config", "training", "runs", "data", "tryon")
+            if rest.split(".")[0] in ("model", "config", "training", "runs", "data", "tryon", "caption")
             else COMPONENT
         )
     return None

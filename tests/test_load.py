@@ -1,6 +1,8 @@
 """weights/load.py against a small model of FULL's shape, written out under the names and in the files of the originals."""
 
+import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import train_phase1
 from tests.parity import assert_parity, randomise
-from unifashion import UserError
+from unifashion import UserError, lora, runs, training
 from unifashion.blocks import UNetConfig, zero
 from unifashion.config import PRESETS, UniFashionConfig
+from unifashion.llama import LlamaConfig
+from unifashion.lora import LoRAConfig
 from unifashion.model import UniFashion
 from unifashion.qformer import QFormerConfig
 from unifashion.tokenizers import build_vocab
@@ -19,7 +24,16 @@ from unifashion.vae import VAEConfig
 from unifashion.vit import ViTConfig
 from weights import load
 from weights.garment import STABLEVITON
-from weights.load import FOLDERS, default_preset, load_public, load_unifashion, tokenizer
+from weights.llama import LLAMA, LLAVA_HF
+from weights.load import (
+    FOLDERS,
+    company,
+    default_preset,
+    llm_tokenizer,
+    load_public,
+    load_unifashion,
+    tokenizer,
+)
 from weights.qformer import QFORMER
 from weights.rename import Table, rename
 from weights.vae import VAE
@@ -32,9 +46,13 @@ SMALL = UniFashionConfig(
     ),
     vae=VAEConfig(channels=32, channel_mult=(1, 2), res_blocks=1),
     unet=UNetConfig(channels=32, channel_mult=(1, 2, 2, 2), heads=4, context_dim=40),
+    llama=LlamaConfig(1024, dim=32, depth=2, heads=4, mlp_dim=48, context=64),  # of tiny's tokenizer
+    lora=LoRAConfig(rank=4, alpha=12.0),
     picture=(64, 48),
 )
 LEARNED = ("qformer", "image_adapter", "style_adapter", "null_context", "unet", "garment")
+WRITES = ("text_adapter", "lora")
+VICUNA, LLAVA = "vicuna-7b-v1.5", "llava-1.5-7b-hf"
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +62,16 @@ def source() -> UniFashion:
     model.vit.half().float()
     for ours in (model.garment.control_convs, model.style_adapter):  # in no public file: they start at zero
         ours.apply(zero)
+    return model
+
+
+@pytest.fixture(scope="module")
+def writer(source: UniFashion) -> UniFashion:
+    """The half that writes, of the same ViT and Q-Former, with a LoRA that is not zero."""
+    model = UniFashion(SMALL, draws=False, writes=True)
+    lora.inject(model.llama, SMALL.lora)
+    model = randomise(model, 2).float()
+    model.vit, model.qformer = source.vit, source.qformer
     return model
 
 
@@ -221,6 +249,191 @@ def test_a_model_of_another_preset_or_half_trained_is_refused_by_name(source: Un
         load_unifashion("full", folder)
 
 
+@pytest.mark.parametrize("name", [VICUNA, "llava-v1.5-7b", LLAVA])
+def test_the_half_that_writes_is_made_from_its_own_files_alone(
+    writer: UniFashion, folder: Path, capsys: pytest.CaptureFixture, name: str
+):
+    write_llm(writer, folder / name, LLAVA_HF if name == LLAVA else LLAMA)
+    (folder / "VITONHD_PBE_pose.ckpt").unlink()
+    model = load_public("full", folder, draws=False, writes=True)
+    different = wrong_tensors(model, writer)
+    assert {runs.part_of(n) for n in different} == {"text_adapter", "lora"}
+    assert not any(tensor.any() for n, tensor in model.state_dict().items() if n.endswith("lora_b"))
+    assert model.text_adapter.weight.std() > 0.01 and len(llm_tokenizer("full", folder)) == 1024
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == (2 if name == LLAVA else 0)
+    assert all(note.endswith(f"in {folder / name} cut from 1088 rows to 1024") for note in notes)
+    write_learned(writer, folder, ("qformer", *WRITES))
+    assert wrong_tensors(load_unifashion("full", folder, draws=False, writes=True), merged(writer)) == []
+
+
+def test_vicuna_is_preferred_and_its_tokenizer_with_it(writer: UniFashion, folder: Path):
+    write_llm(writer, folder / VICUNA, LLAMA)
+    (folder / LLAVA).mkdir()  # empty: is not looked into
+    assert (
+        wrong_tensors(load_public("full", folder, draws=False, writes=True).llama.norm, writer.llama.norm)
+        == []
+    )
+    assert len(llm_tokenizer("full", folder)) == 1024
+
+
+def test_frozen_weights_of_the_llm_may_be_narrower_than_what_learns(writer: UniFashion, folder: Path):
+    write_llm(writer, folder / VICUNA, LLAMA)
+    model = load_public("full", folder, draws=False, writes=True, llm_dtype=torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        base = runs.part_of(name) == "llama"
+        assert tensor.dtype == (torch.bfloat16 if base else torch.float32), name
+    assert set(training.set_trainable(model, train_phase1.TRAINABLE["caption"])) == {
+        name for name in model.state_dict() if runs.part_of(name) in WRITES
+    }
+
+
+def test_lora_is_merged_into_the_llm(writer: UniFashion, folder: Path):
+    write_llm(writer, folder / VICUNA, LLAMA)
+    write_learned(writer, folder, ("qformer", *WRITES))
+    (folder / "VITONHD_PBE_pose.ckpt").unlink()
+    (folder / "blip2_pretrained.pth").unlink()  # learned
+    model = load_unifashion("full", folder, draws=False, writes=True)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    state, theirs = model.state_dict(), writer.state_dict()
+    for name, tensor in theirs.items():
+        if f"{name.removesuffix('weight')}lora_b" in theirs and name.endswith(".weight"):
+            a, b = (theirs[name.removesuffix("weight") + x] for x in ("lora_a", "lora_b"))
+            torch.testing.assert_close(state[name], tensor + 12.0 / 4 * b @ a, atol=1e-5, rtol=0)
+            assert (state[name] - tensor).abs().max() > 0.1
+        else:
+            assert torch.equal(state[name], tensor), name
+    z, ids = torch.randn(2, 3, 24), torch.arange(9)
+    ours, apart = (m.predict_words(z, ids[:4], ids.expand(2, -1)) for m in (model, writer))
+    assert_parity(ours, apart, atol=1e-4)
+
+
+def test_each_half_is_loaded_alone_or_both(source: UniFashion, writer: UniFashion, folder: Path):
+    write_learned([source, writer], folder, (*LEARNED, *WRITES))
+    assert wrong_tensors(load_unifashion("full", folder), source) == []  # there is no LLM
+    for load_one in (load_unifashion, load_public):
+        with pytest.raises(
+            UserError, match=rf"^{folder}/{VICUNA} is missing: get .*huggingface.co/lmsys/vicuna-7b-v1.5"
+        ):
+            load_one("full", folder, draws=False, writes=True)
+    with pytest.raises(UserError, match=rf"^{folder}/{VICUNA} is missing: get .*tokenizer.model"):
+        llm_tokenizer("full", folder)
+    write_llm(writer, folder / VICUNA, LLAMA)
+    both = load_unifashion("full", folder, writes=True)
+    state = both.state_dict()
+    for half in (source, merged(writer)):
+        assert all(torch.equal(state[name], tensor) for name, tensor in half.state_dict().items())
+    assert not any(p.requires_grad for p in both.parameters())
+
+
+def test_what_cannot_write_yet_is_told_by_name(source: UniFashion, writer: UniFashion, folder: Path):
+    write_llm(writer, folder / VICUNA, LLAMA)
+    path = folder / "unifashion" / "model.safetensors"
+    for lacks in WRITES:
+        write_learned([source, writer], folder, [m for m in (*LEARNED, *WRITES) if m != lacks])
+        with pytest.raises(UserError, match=rf"^{path} holds no {lacks}: its training is not finished$"):
+            load_unifashion("full", folder, draws=False, writes=True)
+        assert wrong_tensors(load_unifashion("full", folder), source) == []
+    write_learned(writer, folder, ("qformer", *WRITES))
+    with pytest.raises(UserError, match=rf"^{path} holds no image_adapter: its training is not finished$"):
+        load_unifashion("full", folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "told"),
+    [
+        ("layers.1.attn.k.lora_b", None, "is missing"),
+        ("layers.0.mlp.up.lora_a", torch.zeros(8, 32), r": shape \(8, 32\), wanted \(4, 32\)"),
+        ("layers.0.mlp.gone.lora_a", torch.zeros(4, 32), "is no matrix of this adapter"),
+        ("layers.7.attn.q.lora_a", torch.zeros(4, 32), "is no matrix of this adapter"),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_one_line_that_names_the_tensor(
+    writer: UniFashion, folder: Path, name: str, tensor: Tensor | None, told: str
+):
+    write_llm(writer, folder / VICUNA, LLAMA)
+    write_learned(writer, folder, ("qformer", *WRITES))
+    path = folder / "unifashion" / "model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(f"llama.{name}", None)
+    save_file(tensors if tensor is None else tensors | {f"llama.{name}": tensor}, path)
+    with pytest.raises(UserError, match=rf"^{path} does not fit the preset full: {name}:? ?{told}[^\n]*$"):
+        load_unifashion("full", folder, draws=False, writes=True)
+
+
+def test_what_belongs_to_no_part_is_refused_by_the_half_that_writes_too(writer: UniFashion, folder: Path):
+    write_llm(writer, folder / VICUNA, LLAMA)
+    write_learned(writer, folder, ("qformer", *WRITES))
+    path = folder / "unifashion" / "model.safetensors"
+    tensors = load_file(path)
+    for name, told in (("head.weight", "head.weight"), ("text_adapter.scale", "text_adapter.scale")):
+        save_file(tensors | {name: torch.zeros(7)}, path)
+        with pytest.raises(UserError, match=rf"^{path} does not fit the preset full: {told}: [^\n]+$"):
+            load_unifashion("full", folder, draws=False, writes=True)
+    save_file(tensors | {"text_adapter.weight": torch.zeros(32, 7)}, path)
+    with pytest.raises(UserError, match=rf"^{path} does not fit the preset full: text_adapter.weight: shape"):
+        load_unifashion("full", folder, draws=False, writes=True)
+
+
+def test_shards_that_are_not_all_there_or_damaged_are_one_line(writer: UniFashion, folder: Path):
+    llm = folder / VICUNA
+    write_llm(writer, llm, LLAMA)
+    second = llm / "pytorch_model-00002-of-00002.bin"
+    whole = second.read_bytes()
+    second.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"^{second}: [^\n]+$"):
+        load_public("full", folder, draws=False, writes=True)
+    second.unlink()
+    with pytest.raises(UserError, match=rf"^{second} is missing$"):
+        load_public("full", folder, draws=False, writes=True)
+    shutil.rmtree(llm)
+    llm.mkdir()
+    with pytest.raises(UserError, match=rf"^{llm} holds no weights: [^\n]+$"):
+        load_public("full", folder, draws=False, writes=True)
+
+
+def test_a_tokenizer_must_be_there_and_have_a_row_for_each_piece(
+    folder: Path, writer: UniFashion, monkeypatch: pytest.MonkeyPatch
+):
+    llm = folder / VICUNA
+    write_llm(writer, llm, LLAMA)
+    for rows in (1023, 1025):
+        other = replace(SMALL, llama=replace(SMALL.llama, vocab_size=rows))
+        monkeypatch.setitem(PRESETS, "full", other)
+        with pytest.raises(
+            UserError, match=rf"^{llm}/tokenizer.model does not fit the preset full: 1024 pieces, {rows} in"
+        ):
+            llm_tokenizer("full", folder)
+    (llm / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=rf"^{llm}/tokenizer.model is missing: [^\n]* {VICUNA}$"):
+        llm_tokenizer("full", folder)
+    assert len(llm_tokenizer("tiny")) == PRESETS["tiny"].llama.vocab_size
+    (folder / "llama_tokenizer.model").write_bytes(b"no tokenizer")
+    with pytest.raises(UserError, match="llama_tokenizer.model is not a SentencePiece model, or damaged$"):
+        llm_tokenizer("tiny", folder)
+    (folder / "llama_tokenizer.model").unlink()
+    with pytest.raises(UserError, match="llama_tokenizer.model is missing: "):
+        llm_tokenizer("tiny", folder)
+
+
+@pytest.mark.parametrize("name", ["llama.safetensors", "llama_tokenizer.model"])
+def test_a_tiny_model_beside_another_llm_or_tokenizer_than_it_was_trained_with_is_refused(
+    tmp_path: Path, name: str
+):
+    tiny = Path(shutil.copytree(FOLDERS["tiny"], tmp_path / "tiny"))
+    beside = company("tiny", tiny)
+    assert set(beside) == {
+        "vit.safetensors", "vae.safetensors", "llama.safetensors", "bert_vocab.txt", "llama_tokenizer.model"
+    }  # fmt: skip
+    save_file(load_file(tiny / "model.safetensors"), tiny / "model.safetensors", beside)
+    load_unifashion("tiny", tiny)
+    (tiny / name).write_bytes((tiny / name).read_bytes() + b"\0")
+    with pytest.raises(UserError, match=rf"^{tiny}/{name} is damaged, or not the one .* was trained with"):
+        load_unifashion("tiny", tiny)
+    (tiny / name).unlink()  # what draws does without
+    load_unifashion("tiny", tiny)
+
+
 def test_a_vocabulary_must_fit_the_model(folder: Path):
     path, rows = folder / "bert_vocab.txt", SMALL.qformer.vocab_size
     pieces = path.read_text().split()
@@ -273,10 +486,47 @@ def write_originals(model: UniFashion, folder: Path) -> None:
     (folder / "bert_vocab.txt").write_text("\n".join(build_vocab(["a red dress"])) + "\n")
 
 
-def write_learned(model: UniFashion, folder: Path, modules: list[str] | tuple[str, ...]) -> None:
+def write_llm(model: UniFashion, folder: Path, table: Table) -> None:
+    """The LLM as published, in two shards: Vicuna's and LLaVA's .bin, or LLaVA's of transformers, with rows to spare."""
+    folder.mkdir()
+    base = {k: v for k, v in model.llama.state_dict().items() if "lora" not in k}
+    tensors = original(base, table)
+    if table is LLAVA_HF:
+        for name, tensor in tensors.items():
+            if len(tensor) == SMALL.llama.vocab_size:
+                tensors[name] = torch.cat([tensor, torch.randn(64, tensor.shape[1])])
+        tensors |= {
+            "vision_tower.vision_model.a.weight": torch.ones(3),
+            "multi_modal_projector.b": torch.ones(3),
+        }
+    elif folder.name == VICUNA:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    else:
+        tensors["model.mm_projector.0.weight"] = torch.ones(3)
+    names = list(tensors)
+    for i, some in enumerate((names[:7], names[7:]), start=1):
+        shard = {name: tensors[name].contiguous() for name in some}
+        if table is LLAVA_HF:
+            save_file(shard, folder / f"model-{i:05}-of-00002.safetensors")
+        else:
+            torch.save(shard, folder / f"pytorch_model-{i:05}-of-00002.bin")
+    shutil.copy(FOLDERS["tiny"] / "llama_tokenizer.model", folder / "tokenizer.model")
+
+
+def write_learned(
+    model: UniFashion | list[UniFashion], folder: Path, modules: list[str] | tuple[str, ...]
+) -> None:
     (folder / "unifashion").mkdir(exist_ok=True)
-    state = {k: v for k, v in model.state_dict().items() if k.split(".")[0] in modules}
+    state: dict[str, Tensor] = {}
+    for half in model if isinstance(model, list) else [model]:
+        state |= {k: v for k, v in half.state_dict().items() if runs.part_of(k) in modules}
     save_file(state, folder / "unifashion" / "model.safetensors")
+
+
+def merged(writer: UniFashion) -> UniFashion:
+    model = copy.deepcopy(writer)
+    lora.merge(model.llama)
+    return model
 
 
 def wrong_tensors(ours: nn.Module, theirs: nn.Module) -> list[str]:

@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 import train_phase1
 import train_phase2
 from tests.parity import randomise
-from unifashion import UserError, diffusion, losses, runs, training
-from unifashion.config import PRESETS, TINY
+from unifashion import UserError, diffusion, llama, lora, losses, runs, training
+from unifashion.config import FULL, PRESETS, TINY
 from unifashion.data import toy
-from unifashion.model import UniFashion
-from unifashion.tokenizers import build_vocab
+from unifashion.model import UniFashion, start_adapter
+from unifashion.tokenizers import INSTRUCTIONS, build_vocab, prompt
+from weights.load import FOLDERS, llm_tokenizer
 from weights.tiny import pretrain
 
-STAGES = {"align": train_phase1, "generate": train_phase1, "tryon": train_phase2}
+STAGES = {"align": train_phase1, "caption": train_phase1, "generate": train_phase1, "tryon": train_phase2}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -47,29 +48,38 @@ def test_two_steps_and_a_resumed_two_are_four_steps_bit_for_bit(stage, place):
     assert len(measured[0]) == 1 and measured[0] == measured[1]  # to be stopped is no evaluation
 
 
+@pytest.mark.parametrize("stage", ["align", "caption"])
 @pytest.mark.parametrize(
     "more",
     [["--cache", "--dtype", "bf16"], ["--cache"], ["--accumulate", "2"], []],
     ids=["bf16", "cache", "accumulate", "plain"],
 )
-def test_a_run_with_dropout_resumes_bit_for_bit(more, place, monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", replace(TINY, qformer=replace(TINY.qformer, dropout=0.1)))
-    run("align", place, "whole", "--steps", "3", *more)
+def test_a_run_with_dropout_resumes_bit_for_bit(more, stage, place, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", DROPPING)
+    run(stage, place, "whole", "--steps", "3", *more)
     with stopped_after(1):
-        run("align", place, "parts", "--steps", "3", *more)
-    run("align", place, "parts", "--steps", "3", *more, "--resume")
+        run(stage, place, "parts", "--steps", "3", *more)
+    run(stage, place, "parts", "--steps", "3", *more, "--resume")
     whole, parts = (load_file(place / d / "last/model.safetensors") for d in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_what_is_frozen_drops_nothing_out(monkeypatch):
-    cfg = replace(TINY, qformer=replace(TINY.qformer, dropout=0.1))
-    model = UniFashion(cfg)
+def test_what_is_frozen_drops_nothing_out():
+    model = UniFashion(DROPPING)
     training.train_mode(model, training.set_trainable(model, train_phase2.TRAINABLE["tryon"]))
     seen = torch.randn(2, 4, TINY.vit.dim)
     assert torch.equal(model.qformer(seen)[0], model.qformer(seen)[0]) and model.garment.training
     training.train_mode(model, training.set_trainable(model, train_phase1.TRAINABLE["align"]))
     assert not torch.equal(model.qformer(seen)[0], model.qformer(seen)[0]) and not model.vit.training
+    model = UniFashion(DROPPING, draws=False, writes=True)
+    lora.inject(model.llama, DROPPING.lora)
+    for name, p in model.llama.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(p)
+    training.train_mode(model, training.set_trainable(model, train_phase1.TRAINABLE["caption"]))
+    words = torch.randn(1, 3, TINY.llama.dim)
+    assert torch.equal(model.qformer(seen)[0], model.qformer(seen)[0])
+    assert not torch.equal(model.llama(words), model.llama(words))
 
 
 def test_a_run_that_goes_on_keeps_what_it_was_given_and_refuses_other_flags(place):
@@ -97,12 +107,13 @@ def test_a_run_that_goes_on_keeps_what_it_was_given_and_refuses_other_flags(plac
     assert not (place / "mistyped").exists()
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(place):
-    run("align", place, "whole", "--steps", "1")
+@pytest.mark.parametrize("stage", ["align", "caption"])
+def test_a_run_killed_before_its_first_checkpoint_starts_again(stage, place):
+    run(stage, place, "whole", "--steps", "1")
     shutil.copytree(place / "whole", place / "killed")
     for folder in ("last", "best"):
         shutil.rmtree(place / "killed" / folder)
-    run("align", place, "killed", "--steps", "1", "--resume")
+    run(stage, place, "killed", "--steps", "1", "--resume")
     a, b = (load_file(place / d / "last/model.safetensors") for d in ("whole", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -114,9 +125,14 @@ def test_stopped_in_one_stage_the_next_does_not_begin_and_goes_on_when_asked(pla
     everything = [*data, "--out", str(place / "all"), "--workers", "0"]
     with stopped_after(1):
         train_phase1.main(everything)
-    assert state(place / "all/align")["step"] == 1 and not (place / "all/generate").exists()
+    assert state(place / "all/align")["step"] == 1 and not (place / "all/caption").exists()
     train_phase1.main([*everything, "--resume"])
-    assert state(place / "all/align")["step"] == state(place / "all/generate")["step"] == 2
+    assert [state(place / "all" / stage)["step"] for stage in train_phase1.STAGES] == [2, 2, 2]
+    learned = load_file(place / "all/generate/last/model.safetensors")  # all of it, from each of the three
+    parts = {runs.part_of(name) for name in learned}
+    assert parts == {
+        "qformer", "text_adapter", "lora", "image_adapter", "style_adapter", "null_context", "unet"
+    }  # fmt: skip
 
 
 def test_the_best_is_the_one_with_the_lowest_loss_on_what_was_held_out(place, monkeypatch):
@@ -216,18 +232,19 @@ def test_a_run_needs_no_git(place, monkeypatch):
     assert state(place / "archive")["commit"] == "unknown"
 
 
-def test_a_run_that_goes_on_remembers_what_it_started_from_and_how_long_it_is(place):
+@pytest.mark.parametrize("stage", ["caption", "generate"])
+def test_a_run_that_goes_on_remembers_what_it_started_from_and_how_long_it_is(stage, place):
     run("align", place, "first", "--steps", "1")
-    run("generate", place, "whole", "--steps", "2", "--init", str(place / "first"))
-    run("generate", place, "killed", "--steps", "2", "--init", str(place / "first"))
+    run(stage, place, "whole", "--steps", "2", "--init", str(place / "first"))
+    run(stage, place, "killed", "--steps", "2", "--init", str(place / "first"))
     for folder in ("last", "best"):  # before its first checkpoint
         shutil.rmtree(place / "killed" / folder)
-    run("generate", place, "killed", "--resume")
+    run(stage, place, "killed", "--resume")
     whole, killed = (load_file(place / d / "last/model.safetensors") for d in ("whole", "killed"))
     assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
     assert state(place / "killed")["step"] == 2
     shutil.rmtree(place / "first")  # not needed any more
-    run("generate", place, "killed", "--steps", "3", "--resume")
+    run(stage, place, "killed", "--steps", "3", "--resume")
     assert json.loads((place / "killed/config.json").read_text())["init"] == str(place / "first")
 
 
@@ -237,18 +254,26 @@ def test_only_a_run_with_the_shipped_frozen_files_is_shipped_with_the_curves_of_
     monkeypatch.setattr(pretrain, "HERE", place / "weights")
     drawn = []
     monkeypatch.setattr(runs, "draw_curves", lambda chain, path: drawn.append([run.name for run in chain]))
-    run("align", place, "a", "--steps", "1")
+    run("caption", place, "a", "--steps", "1")
     run("tryon", place, "b", "--steps", "1", "--init", str(place / "a"))
     weights = place / "own"
     shutil.copytree(place / "weights", weights)
     monkeypatch.setattr(pretrain, "HERE", weights)
     drawn.clear()
     pretrain.main(["ship", "--init", str(place / "b")])
-    assert drawn == [["a", "b"]] and (weights / "model.safetensors").is_file()
+    assert drawn == [["a", "b"]]
+    caption, whole = load_file(place / "a/best/model.safetensors"), load_file(weights / "model.safetensors")
+    assert any(
+        runs.part_of(name) == "lora" for name in caption
+    )  # carried through the try-on's run, and shipped
+    assert all(torch.equal(whole[name], tensor.half()) for name, tensor in caption.items())
     shipped = (weights / "model.safetensors").read_bytes()
     run("generate", place, "half", "--steps", "1", "--init", str(place / "a"))
     with pytest.raises(UserError, match="holds no garment: its training is not finished"):
         pretrain.main(["ship", "--init", str(place / "half")])
+    run("tryon", place, "mute", "--steps", "1")
+    with pytest.raises(UserError, match="holds no text_adapter: its training is not finished"):
+        pretrain.main(["ship", "--init", str(place / "mute")])
     assert (weights / "model.safetensors").read_bytes() == shipped
     (place / "a").rename(place / "gone")
     pretrain.main(["ship", "--init", str(place / "b")])
@@ -260,14 +285,14 @@ def test_only_a_run_with_the_shipped_frozen_files_is_shipped_with_the_curves_of_
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_table_at_the_top_says_what_learns(stage, place):
-    before = load_public(place)
+    draws = stage != "caption"
+    before = load_public(place, draws, not draws)
     run(stage, place, "learns", "--steps", "1", "--lr", "0.01")
     after = load_file(place / "learns/last/model.safetensors")
-    learned = training.set_trainable(UniFashion(TINY), STAGES[stage].TRAINABLE[stage])
-    never_read = {
-        "garment.encoder.middle",  # nothing reads the coarsest features: they are not even computed
-        *(f"garment.encoder.blocks.{i}." for i in range(len(before.garment.control_convs), 8)),
-    }
+    learned = training.set_trainable(load_public(place, draws, not draws), STAGES[stage].TRAINABLE[stage])
+    never_read = {"garment.encoder.middle"}  # nothing reads the coarsest features: they are not even computed
+    if draws:
+        never_read |= {f"garment.encoder.blocks.{i}." for i in range(len(before.garment.control_convs), 8)}
     optimizer = load_file(place / "learns/last/optimizer.safetensors")
     for name, tensor in before.state_dict().items():
         moments = f"{name}:exp_avg" in optimizer
@@ -305,6 +330,200 @@ def test_what_was_learned_before_is_carried_over(place):
     first, second = (load_file(place / d / "last/model.safetensors") for d in ("first", "second"))
     assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
     assert any(name.startswith("unet.") for name in second)
+
+
+def test_to_learn_to_write_leaves_all_the_rest_as_it_was_bit_for_bit(place, monkeypatch):
+    init = all_that_draws(place)
+    models, loaded = [], train_phase1.load_public
+
+    def noted(*args, **kw):
+        models.append(loaded(*args, **kw))
+        models.append({k: v.clone() for k, v in models[0].state_dict().items()})
+        return models[0]
+
+    monkeypatch.setattr(train_phase1, "load_public", noted)
+    run("caption", place, "writes", "--steps", "2", "--lr", "0.01", "--init", str(init))
+    model, before = models
+    given, after = load_file(init), load_file(place / "writes/last/model.safetensors")
+    new = {name for name in after if name not in given}
+    assert {runs.part_of(name) for name in new} == {"text_adapter", "lora"}
+    assert new == {k for k in before if runs.part_of(k) in ("text_adapter", "lora")}
+    assert given.keys() <= after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in given.items())
+    for name, tensor in model.state_dict().items():  # the LLM's own weights and the ViT among them
+        was = given.get(name, before[name])
+        assert torch.equal(tensor, was) != (name in new), name
+    assert not (place / "writes/samples/000002.png").exists()
+    written = (place / "writes/samples/000002.txt").read_text().splitlines()
+    assert len(written) >= 5 and all(
+        line.startswith("-> ") for line in written[1::3]
+    )  # two, and a blank between
+
+
+@pytest.mark.parametrize("stage", ["align", "generate"])  # tryon: where a run is shipped
+def test_what_was_learned_to_write_is_carried_through_what_cannot_write(stage, place):
+    run("caption", place, "writes", "--steps", "1", "--lr", "0.01")
+    run(stage, place, "draws", "--steps", "1", "--init", str(place / "writes"))
+    shutil.move(place / "writes", place / "gone")
+    run(stage, place, "draws", "--steps", "2", "--resume")
+    first = load_file(place / "gone/last/model.safetensors")
+    for folder in ("last", "best"):
+        later = load_file(place / "draws" / folder / "model.safetensors")
+        writing = {k for k in first if runs.part_of(k) in ("text_adapter", "lora")}
+        assert writing == {k for k in later if runs.part_of(k) in ("text_adapter", "lora")} and writing
+        assert all(torch.equal(later[k], first[k]) for k in writing)
+    # and from there to learn on: nothing starts anew
+    run("caption", place, "again", "--steps", "1", "--lr", "1e-9", "--init", str(place / "draws"))
+    again = load_file(place / "again/last/model.safetensors")
+    assert all(torch.allclose(again[k], first[k], atol=1e-6) for k in writing)
+    assert again.keys() == later.keys()
+
+
+def test_layers_that_are_computed_again_learn_the_same(place, monkeypatch):
+    """As FULL does, with dropout: its preset is DROPPING here, and its files are tiny's."""
+    monkeypatch.setitem(PRESETS, "tiny", DROPPING)
+    monkeypatch.setitem(PRESETS, "full", DROPPING)
+    for name in ("load_public", "llm_tokenizer"):
+        real = getattr(train_phase1, name)
+        monkeypatch.setattr(train_phase1, name, lambda _, *a, real=real, **kw: real("tiny", *a, **kw))
+    again, recomputed = [], llama.checkpoint
+    monkeypatch.setattr(llama, "checkpoint", lambda *a, **kw: (again.append(1), recomputed(*a, **kw))[1])
+    run("caption", place, "kept", "--steps", "2", "--lr", "0.01")
+    assert not again
+    run("caption", place, "again", "--steps", "2", "--lr", "0.01", "--preset", "full")
+    assert len(again) == 2 * TINY.llama.depth  # not where there is no gradient
+    a, b = (load_file(place / d / "last/model.safetensors") for d in ("kept", "again"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_before_its_first_step_a_run_predicts_as_the_llm_without_lora(place):
+    model = load_public(place, draws=False, writes=True)
+    base = llama.Llama(TINY.llama)
+    base.load_state_dict(load_file(place / "weights/llama.safetensors"))
+    ids, z = torch.arange(5, 25)[None], torch.randn(1, TINY.qformer.queries, TINY.qformer.dim)
+    training.train_mode(model, training.set_trainable(model, train_phase1.TRAINABLE["caption"]))
+    ours = model.predict_words(z, ids[0, :3], ids)
+    model.llama = base
+    assert torch.equal(model.predict_words(z, ids[0, :3], ids), ours)
+
+
+@pytest.mark.parametrize(("dim", "wide"), [(24, 24), (24, 128), (24, 12)])
+def test_soft_prompts_start_as_large_as_words(dim, wide):
+    torch.manual_seed(0)
+    z = torch.randn(200, 4, dim) @ torch.diag(torch.linspace(1.0, 4.0, dim)) + 3
+    adapter = torch.nn.Linear(dim, wide)
+    start_adapter(adapter, z, 0.02)
+    soft = adapter(z).detach().flatten(0, 1)
+    assert soft.std().item() == pytest.approx(0.02, rel=0.05)
+    torch.testing.assert_close(soft.mean(0), torch.zeros(wide), atol=1e-5, rtol=0)
+
+
+def test_a_text_adapter_that_nothing_has_trained_starts_from_its_data_and_a_trained_one_stays(
+    place, monkeypatch
+):
+    started, real = [], train_phase1.start_adapter
+    monkeypatch.setattr(train_phase1, "start_adapter", lambda *a: (started.append(a), real(*a))[1])
+    run("caption", place, "new", "--steps", "1", "--lr", "1e-9")
+    [(adapter, z, std)] = started
+    words = load_file(place / "weights/llama.safetensors")["embed.weight"]
+    assert std == pytest.approx(words.std().item(), rel=1e-3) and z.shape[1:] == (16, 128)
+    run(
+        "caption",
+        place,
+        "second",
+        "--steps",
+        "1",
+        "--lr",
+        "1e-9",
+        "--seed",
+        "1",
+        "--init",
+        str(place / "new"),
+    )
+    assert len(started) == 1
+    new, second = (load_file(place / d / "last/model.safetensors") for d in ("new", "second"))
+    for name in ("text_adapter.weight", "text_adapter.bias", "llama.layers.0.attn.q.lora_a"):
+        torch.testing.assert_close(second[name], new[name], atol=1e-6, rtol=0)
+
+
+def test_toy_stands_for_the_texts_of_three_shops_to_write_and_of_one_to_compare_and_draw(place):
+    toy_world = place / "toy"
+    short = ["fashion200k"]
+    for stage, names in (("align", short), ("generate", short), ("caption", list(INSTRUCTIONS))):
+        data = train_phase1.open_data([f"toy={toy_world}"], stage)
+        assert list(data) == names
+        assert all(len(part) == len(part.products) > 0 for part in data.values())
+    apart = [f"{name}={toy_world / name.removesuffix('-cap')}" for name in INSTRUCTIONS]
+    for stage in train_phase1.STAGES:  # a real data set is what it is in every stage
+        assert list(train_phase1.open_data(apart, stage)) == list(INSTRUCTIONS)
+        assert list(train_phase1.open_data(apart[1:], stage)) == list(INSTRUCTIONS)[1:]
+    for twice in ([apart[0], apart[0]], [f"toy={toy_world}", apart[0]], [apart[0], f"toy={toy_world}"]):
+        with pytest.raises(UserError, match="^--data names fashion200k twice .toy stands for [^\n]*$"):
+            train_phase1.open_data(twice, "align")
+    with pytest.raises(UserError, match="^unknown data set 'farfetch': it is one of toy, fashion200k, "):
+        train_phase1.open_data(["farfetch"], "caption")
+
+
+def test_every_sample_is_asked_for_in_its_own_style_and_answers_with_its_own_text(place):
+    words = llm_tokenizer("tiny", place / "weights")
+    data = train_phase1.open_data([f"toy={place / 'toy'}"], "caption")
+    samples = train_phase1.Answers(data, TINY, words)
+    assert len(samples) == sum(map(len, data.values()))
+    first, picked = 0, {}
+    for style, part in data.items():
+        for i in (0, len(part) - 1):
+            sample = samples[first + i]
+            start = int(sample["answer"].int().argmax())
+            assert sample["ids"][:start].tolist() == prompt(words, style)[1]
+            own = sample["ids"][sample["answer"]].tolist()
+            assert words.decode(own) == part[i]["text"] and own[-1] == words.eos  # toy's texts are not cut
+            picked[style] = start
+        first += len(part)
+    assert len(set(picked.values())) == 3  # templates of three lengths
+
+
+def test_the_full_size_learns_to_write_on_a_gpu_of_80_gb():
+    """Stage caption at FULL on the meta device: no GPU runs this test, it adds up what one would hold at the worst moment."""
+    b, cfg, bf16, fp32 = train_phase1.DEFAULTS["caption"]["batch_size"], FULL, 2, 4
+    with torch.device("meta"):
+        model = UniFashion(cfg, draws=False, writes=True)
+        lora.inject(model.llama, cfg.lora)
+    learn = training.set_trainable(model, train_phase1.TRAINABLE["caption"])
+    numbers = {"learns": sum(p.numel() for p in learn.values())}
+    for part in ("vit", "qformer", "llama"):
+        numbers[part] = sum(p.numel() for p in getattr(model, part).parameters() if not p.requires_grad)
+    assert b == 32 and 6.7e9 < numbers["llama"] < 6.8e9 and 3.1e8 < numbers["learns"] < 3.3e8
+
+    # 64: more tokens than the longest template has around picture and answer, which is 40 in Llama's pieces
+    t = 64 + cfg.qformer.queries + cfg.max_caption
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, torch.nn.Parameter):
+            saved[id(x)] = x
+        return x
+
+    layer = model.llama.layers[0].bfloat16().train()  # as autocast computes, LoRA's dropout and all
+    with torch.device("meta"):
+        x = torch.empty(b, t, cfg.llama.dim, dtype=torch.bfloat16, requires_grad=True)
+        angles = torch.empty(1, 1, t, cfg.llama.dim // cfg.llama.heads)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            layer(x, (angles, angles), None)
+    needs = {
+        "LLM, frozen": bf16 * numbers["llama"],
+        "ViT and Q-Former, frozen": fp32 * (numbers["vit"] + numbers["qformer"]),
+        # itself, and autocast's copy; its gradient and the clipped one; AdamW's moments and temporaries
+        "what learns": numbers["learns"] * (fp32 + bf16 + 2 * fp32 + 2 * fp32 + 2 * fp32),
+        "inputs of the layers": cfg.llama.depth * x.nbytes,
+        # what one layer keeps while it is computed again, and as much for its gradients
+        "one layer": 2 * sum(x.nbytes for x in saved.values()),
+        # in bfloat16, in float32, their log-softmax, and the gradients of these
+        "logits": b * t * cfg.llama.vocab_size * 2 * (bf16 + fp32 + fp32),
+    }
+    total = sum(needs.values())
+    told = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in needs.items())
+    assert 2e10 < total < 8e10, f"{total / 1e9:.1f} GB: {told}"
+    assert sum(x.nbytes for x in saved.values()) > 10 * x.nbytes, f"{len(saved)} tensors are not one layer's"
 
 
 @pytest.mark.parametrize("stage", ["generate", "tryon"])
@@ -588,6 +807,14 @@ def test_a_dropped_context_is_the_null_vector_for_that_sample_only():
             ["--data", "toy", "--stage", "generate", "--batch-size", "4", "--steps", "1"],
             "--init wants a run of stage align",
         ),
+        (
+            ["--data", "toy", "--stage", "caption", "--batch-size", "4", "--steps", "1"],
+            "--init wants a run of stage align",
+        ),
+        (["--data", "toy", "fashiongen", "--stage", "caption"], "--data names fashiongen twice"),
+        (["--data", "toy", "fashiongen", "--stage", "align"], "fashiongen_256_256_train.h5 is missing"),
+        (["--data", "fashioniq", "--stage", "caption"], "unknown data set 'fashioniq'.*fashioniq-cap"),
+        (["--data", "fashioniq-cap=nowhere", "--stage", "caption"], "nowhere lacks next_llava.train"),
         (["--data", "toy", "--stage", "align", "--batch-size", "1"], "--batch-size is 1"),
         (["--data", "toy", "--stage", "align", "--lr", "nan"], "--lr is nan"),
         (["--data", "toy", "--stage", "align", "--lr", "inf"], "--lr is inf"),
@@ -661,9 +888,10 @@ def test_a_used_run_folder_is_not_written_over(place):
         run("align", place, "used", "--steps", "1")
 
 
-@pytest.mark.parametrize("part", ["vae", "vit"])
+@pytest.mark.parametrize("part", ["vae", "vit", "llama"])
 def test_the_stand_ins_resume_bit_for_bit(part, place, monkeypatch):
     monkeypatch.setattr(pretrain, "HERE", place)
+    (place / "llama_tokenizer.model").symlink_to(place / "weights/llama_tokenizer.model")
 
     def go(name: str, *more: str) -> None:
         pretrain.main(
@@ -691,6 +919,9 @@ def test_the_stand_ins_resume_bit_for_bit(part, place, monkeypatch):
 # ---------------------------------------------------------------------------------------------- helpers
 
 SMALL = ["--workers", "0", "--batch-size", "4", "--eval-every", "100"]
+DROPPING = replace(
+    TINY, qformer=replace(TINY.qformer, dropout=0.1), lora=replace(TINY.lora, dropout=0.1), max_caption=24
+)
 
 
 def run(stage: str, place: Path, name: str, *more: str) -> None:
@@ -701,6 +932,14 @@ def run(stage: str, place: Path, name: str, *more: str) -> None:
     STAGES[stage].main([*data, flag, stage, "--out", str(place / name), *SMALL, *more])
 
 
+def all_that_draws(place: Path) -> Path:
+    """A run's model.safetensors with everything that stages align, generate and tryon learn."""
+    model = randomise(UniFashion(TINY), 3).float()
+    tensors = {k: v for k, v in model.state_dict().items() if k[:4] not in ("vit.", "vae.")}
+    save_file(tensors, place / "draws.safetensors")
+    return place / "draws.safetensors"
+
+
 def state(folder: Path) -> dict:
     return json.loads((folder / "last/state.json").read_text())
 
@@ -709,9 +948,9 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def load_public(place: Path) -> UniFashion:
+def load_public(place: Path, draws: bool = True, writes: bool = False) -> UniFashion:
     torch.manual_seed(0)
-    return train_phase1.load_public("tiny", place / "weights")
+    return train_phase1.load_public("tiny", place / "weights", draws=draws, writes=writes)
 
 
 def encoded(seed: int) -> dict[str, torch.Tensor]:
@@ -762,14 +1001,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy.ensure(place / "toy", train=12, val=2, test=2, workers=1, quiet=True)
     (place / "weights").mkdir()
     torch.manual_seed(0)
-    model = UniFashion(TINY)
-    for part in ("vit", "vae"):
+    model = UniFashion(TINY, writes=True)
+    for part in ("vit", "vae", "llama"):
         tensors = getattr(model, part).state_dict()
         save_file({k: v.contiguous() for k, v in tensors.items()}, place / "weights" / f"{part}.safetensors")
     start = {f"qformer.{k}": v.contiguous() for k, v in model.qformer.state_dict().items()}
     save_file(start, place / "start.safetensors")
     vocab = build_vocab(["red dress with white dots and long sleeves"])
     (place / "weights/bert_vocab.txt").write_text("\n".join(vocab) + "\n")
+    shutil.copy(FOLDERS["tiny"] / "llama_tokenizer.model", place / "weights")
     return place
 
 

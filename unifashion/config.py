@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from unifashion.blocks import UNetConfig
+from unifashion.llama import LlamaConfig
+from unifashion.lora import LoRAConfig
 from unifashion.qformer import QFormerConfig
 from unifashion.vae import VAEConfig
 from unifashion.vit import ViTConfig
@@ -14,6 +16,9 @@ class UniFashionConfig:
     qformer: QFormerConfig = QFormerConfig()
     vae: VAEConfig = VAEConfig()
     unet: UNetConfig = UNetConfig()
+    llama: LlamaConfig = LlamaConfig()
+    lora: LoRAConfig = LoRAConfig()  # appendix B
+    max_caption: int = 128  # tokens of a caption in training, its end included
     picture: tuple[int, int] = (512, 384)  # y, x of what the U-Net side reads and draws
     # what the U-Net's output means: eps (Eq. 7, all published files), or v as in SD 2
     prediction: str = "eps"
@@ -45,7 +50,7 @@ class UniFashionConfig:
         return self.picture[0] // self.vae.factor, self.picture[1] // self.vae.factor
 
 
-# The published sizes are the defaults of ViTConfig, QFormerConfig, VAEConfig and UNetConfig.
+# The published sizes are the defaults of ViTConfig, QFormerConfig, VAEConfig, UNetConfig and LlamaConfig.
 FULL = UniFashionConfig()
 
 TINY = UniFashionConfig(
@@ -73,6 +78,9 @@ TINY = UniFashionConfig(
         groups=8,
         context_dim=128,
     ),
+    llama=LlamaConfig(vocab_size=1024, dim=192, depth=4, heads=6, mlp_dim=512, context=256),
+    lora=LoRAConfig(rank=32, alpha=64.0, dropout=0.0),
+    max_caption=64,
     picture=(128, 96),
     # At t=980 an error in eps is 13 times as large in x_0: from nothing, eps needs more training than a tiny preset gets.
     prediction="v",

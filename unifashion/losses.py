@@ -1,4 +1,4 @@
-"""The retrieval losses of phase 1. The diffusion loss q2I is `UniFashion.q2i`."""
+"""The losses of phase 1 but the diffusion loss q2I, which is `UniFashion.q2i`."""
 
 import torch
 import torch.nn.functional as F
@@ -49,3 +49,13 @@ def itm(positive: Tensor, negatives: Tensor) -> Tensor:
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     target[: len(positive)] = 1
     return F.cross_entropy(logits, target)
+
+
+def itg(logits: Tensor, ids: Tensor, answer: Tensor) -> Tensor:
+    """
+    Eq. 6: minus the mean log-probability of a caption's tokens, then the mean over captions.
+
+    logits (b,t,vocab), what column i says of ids[:, i]; ids (b,t); answer (b,t) bool, True on the caption's own tokens
+    """
+    loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+    return ((loss * answer).sum(1) / answer.sum(1)).mean()

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unifashion import UserError
+from unifashion.model import HALVES
 from unifashion.training import EMA
 
 # What a run that goes on may be asked for anew; all else must be as it was. With other --steps, align's schedule is another
@@ -142,10 +143,15 @@ def model_file(path: Path) -> Path:
     raise UserError(f"{path} is neither a run folder nor a model.safetensors")
 
 
+def part_of(name: str) -> str:
+    """Of a tensor's name: its top-level module or parameter. What LoRA adds to the LLM is a part of its own, "lora"."""
+    return "lora" if name.endswith((".lora_a", ".lora_b")) else name.split(".")[0]
+
+
 def learned_state(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
-    """The tensors of the named top-level modules or parameters, under our names."""
-    prefixes = tuple(f"{m}." for m in modules)
-    return {k: v for k, v in model.state_dict().items() if k in modules or k.startswith(prefixes)}
+    """The tensors of the named parts, under our names, and those that the model only carries."""
+    own = {k: v for k, v in model.state_dict().items() if part_of(k) in modules}
+    return own | getattr(model, "carried", {})
 
 
 def save_checkpoint(
@@ -258,14 +264,21 @@ def load_checkpoint(
 
 
 def load_learned(model: nn.Module, path: Path) -> list[str]:
-    """Load a `model.safetensors`: each top-level module is in it wholly or not at all. -> the modules found."""
+    """
+    Load a `model.safetensors`: each part is in it wholly or not at all. -> the parts found.
+
+    Those of the half that a `UniFashion` was built without go into its `carried`, and from there into what it saves.
+    """
     try:
         tensors = load_file(path)
     except Exception as error:  # safetensors raises its own type for a truncated file
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None
     own = model.state_dict()
-    modules = sorted({k.split(".")[0] for k in tensors})
-    wanted = learned_state(model, modules)
+    absent = {part for half in HALVES.values() for part in half} - {part_of(k) for k in own}
+    carried = {k: v for k, v in tensors.items() if part_of(k) in absent} if hasattr(model, "carried") else {}
+    tensors = {k: v for k, v in tensors.items() if k not in carried}
+    modules = sorted({part_of(k) for k in tensors})
+    wanted = [k for k in own if part_of(k) in modules]
     for k, v in tensors.items():
         if k not in own:
             raise UserError(f"{path}: {k} is not a tensor of this preset's model")
@@ -275,12 +288,14 @@ def load_learned(model: nn.Module, path: Path) -> list[str]:
             )
         if not v.isfinite().all():
             raise UserError(f"{path}: {k} is not finite: the run that wrote it diverged")
-    missing = sorted(wanted.keys() - tensors.keys())
+    missing = sorted(set(wanted) - tensors.keys())
     if missing:
         raise UserError(f"{path}: {missing[0]} is missing")
     with torch.no_grad():
         for k, v in tensors.items():
             own[k].copy_(v)
+    if carried:
+        model.carried = carried
     return modules
 
 

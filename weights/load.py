@@ -1,11 +1,12 @@
 """From files to a model: the public weights of a preset, and what UniFashion learned on top of them.
 
-            public                                                                   learned
-    TINY    vit.safetensors, vae.safetensors (stand-ins, made by pretrain.py)        model.safetensors
-    FULL    eva_vit_g.pth, blip2_pretrained.pth, StableVITON's .ckpt files           unifashion/model.safetensors
+            public                                                                     learned
+    TINY    vit, vae, llama.safetensors (stand-ins, made by pretrain.py)               model.safetensors
+    FULL    eva_vit_g.pth, blip2_pretrained.pth, StableVITON's .ckpt, Vicuna's folder  unifashion/model.safetensors
 
-and the Q-Former's bert_vocab.txt. FULL is built on the meta device and filled part by part, each tensor cast and moved on
-its own: there are never two copies of the model in memory.
+and the tokenizers: bert_vocab.txt, the Q-Former's, and the LLM's, which lies beside it. FULL is built on the meta device
+and filled part by part, each tensor cast and moved on its own: there are never two copies of the model in memory. A model
+that draws needs no files of the LLM, one that writes none of the U-Net (`UniFashion`).
 """
 
 import hashlib
@@ -17,12 +18,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from unifashion import UserError
+from unifashion import UserError, lora
 from unifashion.blocks import zero
 from unifashion.config import PRESETS
-from unifashion.model import UniFashion
-from unifashion.tokenizers import WordPiece
+from unifashion.model import HALVES, UniFashion
+from unifashion.runs import part_of
+from unifashion.tokenizers import SentencePiece, WordPiece
 from weights.garment import STABLEVITON, load_stableviton
+from weights.llama import LLAMA, LLAVA_HF, read_llama
 from weights.qformer import QFORMER
 from weights.rename import Table, load_into, read_checkpoint
 from weights.vae import VAE
@@ -32,12 +35,15 @@ HERE = Path(__file__).parent
 FOLDERS = {"tiny": HERE / "tiny", "full": HERE / "files"}
 LEARNED = {"tiny": "model.safetensors", "full": "unifashion/model.safetensors"}
 # Those that have a file of their own; FULL's U-Net, garment encoder and null context are in TRYON.
-PUBLIC_PARTS = {"tiny": ("vit", "vae"), "full": ("vit", "vae", "qformer")}
+PUBLIC_PARTS = {"tiny": ("vit", "vae", "llama"), "full": ("vit", "vae", "qformer", "llama")}
 
 EVA, BLIP2, VOCAB = "eva_vit_g.pth", "blip2_pretrained.pth", "bert_vocab.txt"
 # The first that is there: PBE_pose is what StableVITON's own training started from.
 TRYON = ("VITONHD_PBE_pose.ckpt", "VITONHD.ckpt")
 TRYON_VAE = "VITONHD_VAE_finetuning.ckpt"  # without it, the VAE inside TRYON
+# Folders of shards, the first that is there; LLaVA fine-tuned all of its Vicuna.
+LLMS = {"vicuna-7b-v1.5": LLAMA, "llava-v1.5-7b": LLAMA, "llava-1.5-7b-hf": LLAVA_HF}
+WORDS = {"tiny": "llama_tokenizer.model", "full": "tokenizer.model"}  # of FULL in the LLM's folder
 VAE_INSIDE: Table = {
     row: ours.removeprefix("vae.") if ours and ours.startswith("vae.") else None
     for row, ours in STABLEVITON.items()
@@ -50,6 +56,7 @@ SOURCES = {  # of FULL
     BLIP2: f"get {LAVIS}/{BLIP2}",
     TRYON[0]: f"get ckpts/{TRYON[0]}, or ckpts/{TRYON[1]}, from {HUB}/rlawjdghek/StableVITON",
     TRYON_VAE: f"get ckpts/{TRYON_VAE} from {HUB}/rlawjdghek/StableVITON",
+    "vicuna-7b-v1.5": f"get the .bin files and tokenizer.model of {HUB}/lmsys/vicuna-7b-v1.5 into this folder",
     VOCAB: f"get vocab.txt from {HUB}/bert-base-uncased and save it under this name",
     LEARNED["full"]: "train_phase1.py and train_phase2.py make it: copy RUN/best/model.safetensors there",
 }
@@ -90,30 +97,60 @@ def tokenizer(preset: str, folder: Path | None = None) -> WordPiece:
     return words
 
 
+def llm_tokenizer(preset: str, folder: Path | None = None) -> SentencePiece:
+    """The LLM's tokenizer. Raises UserError if it is missing, damaged, or of another size than the LLM's vocabulary."""
+    folder = folder_of(preset, folder)
+    if preset == "full":
+        folder = wanted(preset, folder, *LLMS)
+    path = folder / WORDS[preset]
+    if not path.is_file():
+        source = (
+            f"it is published beside the weights in {folder.name}" if preset == "full" else "as the tiny LLM"
+        )
+        raise UserError(f"{path} is missing: {source}")
+    words, rows = SentencePiece(path), PRESETS[preset].llama.vocab_size
+    if len(words) != rows:
+        raise UserError(f"{path} does not fit the preset {preset}: {len(words)} pieces, {rows} in the LLM")
+    return words
+
+
 def load_public(
     preset: str,
     folder: Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    draws: bool = True,
+    writes: bool = False,
+    llm_dtype: torch.dtype | None = None,
 ) -> UniFashion:
     """
-    The model as it is before UniFashion's own training. What no public file holds is random: in FULL the image adapter, in
-    TINY all but ViT and VAE; the style adapter is zero. Raises UserError for a file that is missing, damaged, or of another preset.
+    The model as it is before UniFashion's own training. What no public file holds is random: in FULL the image and text
+    adapters, in TINY all but ViT, VAE and LLM; the style adapter is zero, and so is what LoRA adds to the LLM.
+
+    draws, writes  which halves it has
+    llm_dtype      of the LLM's frozen weights, if not `dtype`
+
+    Raises UserError for a file that is missing, damaged, or of another preset.
     """
     folder = folder_of(preset, folder)
-    path = wanted(preset, folder, *TRYON) if preset == "full" else None
-    files = _public_files(preset, folder, PUBLIC_PARTS[preset])
+    path = wanted(preset, folder, *TRYON) if preset == "full" and draws else None
+    model = _blank(preset, draws, writes)
+    files = _public_files(preset, folder, [part for part in PUBLIC_PARTS[preset] if hasattr(model, part)])
+    if preset == "tiny":
+        model = UniFashion(PRESETS[preset], draws, writes).to(device, dtype)
     if path:
-        model = _blank(preset)
         with _naming(path, preset):
             model.null_context = load_stableviton(path, model.unet, model.garment, model.vae, dtype, device)
-        for adapter in (model.image_adapter, model.style_adapter):  # ours, in no public file
-            adapter.to_empty(device=device).reset_parameters()
-        zero(model.style_adapter)
-    else:
-        model = UniFashion(PRESETS[preset])
-    _fill(model, files, preset, device, dtype)
-    return model.to(device, dtype)
+    if preset == "full":
+        for name in ("image_adapter", "style_adapter", "text_adapter"):  # ours, in no public file
+            if hasattr(model, name):
+                getattr(model, name).to_empty(device=device).to(dtype).reset_parameters()
+        if draws:
+            zero(model.style_adapter)
+    _fill(model, files, preset, device, dtype, llm_dtype or dtype)
+    if writes:
+        lora.inject(model.llama, model.cfg.lora)
+    return model
 
 
 def load_unifashion(
@@ -121,34 +158,53 @@ def load_unifashion(
     folder: Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    draws: bool = True,
+    writes: bool = False,
 ) -> UniFashion:
     """
-    The whole trained model, ready for inference. Public files are read only for parts that training left as they were: ViT,
-    VAE, and perhaps FULL's Q-Former. Raises UserError as `load_public`, and for a model whose training is not finished.
+    The trained model, or the halves of it that are wanted, ready for inference: LoRA is merged. Public files are read only
+    for parts that training left as they were: ViT, VAE, LLM, and perhaps FULL's Q-Former. Raises UserError as
+    `load_public`, and for a model whose training is not finished.
     """
     folder = folder_of(preset, folder)
     path = wanted(preset, folder, LEARNED[preset])
     _check_company(path, folder)
-    model, learned = _blank(preset), read_checkpoint(path)
+    model = _blank(preset, draws, writes)
+    found = check_finished(path, learned := read_checkpoint(path), preset, draws, writes)
     parts = nn.ModuleDict(model.named_children())
-    found = check_finished(path, learned, preset)
     untouched = [part for part in parts if part not in found]
     files = _public_files(preset, folder, untouched)
 
     for part in untouched:
         del parts[part]
-    parts.register_parameter("null_context", model.null_context)
+    absent = {
+        part for half, have in (("draws", draws), ("writes", writes)) if not have for part in HALVES[half]
+    }
+    own = {k: v for k, v in learned.items() if part_of(k) not in {*absent, "lora"}}
+    adapter = {k.removeprefix("llama."): v for k, v in learned.items() if part_of(k) == "lora"}
+    del learned
+    if draws:
+        parts.register_parameter("null_context", model.null_context)
     with _naming(path, preset):
-        load_into(parts, learned, {"*": "*"}, dtype=dtype, device=device)
-    model.null_context = parts.null_context
-    _fill(model, files, preset, device, dtype)
+        load_into(parts, own, {"*": "*"}, dtype=dtype, device=device)
+    if draws:
+        model.null_context = parts.null_context
+    _fill(model, files, preset, device, dtype, dtype)
+    if writes:
+        lora.inject(model.llama, model.cfg.lora)
+        with _naming(path, preset):
+            lora.load_adapter(model.llama, adapter)
+        lora.merge(model.llama)
     return model.eval().requires_grad_(False)
 
 
-def check_finished(path: Path, learned: dict[str, Tensor], preset: str) -> set[str]:
-    """-> the modules that `learned`, read from `path`, holds. Raises UserError unless public files hold all the others."""
-    found = {name.split(".")[0] for name in learned}
-    needed = [*(name for name, _ in _blank(preset).named_children()), "null_context"]
+def check_finished(
+    path: Path, learned: dict[str, Tensor], preset: str, draws: bool = True, writes: bool = False
+) -> set[str]:
+    """-> the parts that `learned`, read from `path`, holds. Raises UserError unless public files hold the others wanted."""
+    found = {part_of(name) for name in learned}
+    needed = [name for name, _ in _blank(preset, draws, writes).named_children()]
+    needed += ["null_context"] * draws + ["lora"] * writes
     if lacking := [part for part in needed if part not in {*found, *PUBLIC_PARTS[preset]}]:
         raise UserError(f"{path} holds no {lacking[0]}: its training is not finished")
     return found
@@ -163,8 +219,9 @@ def company(preset: str, folder: Path | None = None) -> dict[str, str]:
     """{name: sha256} of the frozen files that a tiny model is trained with. Of full size nothing is noted yet."""
     if preset != "tiny":
         return {}
-    names = ("vit.safetensors", "vae.safetensors", "bert_vocab.txt")
-    return {name: sha256(folder_of(preset, folder) / name) for name in names}
+    names = [*(f"{part}.safetensors" for part in PUBLIC_PARTS[preset]), VOCAB, WORDS[preset]]
+    paths = [folder_of(preset, folder) / name for name in names]
+    return {path.name: sha256(path) for path in paths if path.is_file()}
 
 
 def _check_company(path: Path, folder: Path) -> None:
@@ -181,9 +238,9 @@ def _check_company(path: Path, folder: Path) -> None:
             )
 
 
-def _blank(preset: str) -> UniFashion:
+def _blank(preset: str, draws: bool, writes: bool) -> UniFashion:
     with torch.device("meta"):
-        return UniFashion(PRESETS[preset])
+        return UniFashion(PRESETS[preset], draws, writes)
 
 
 def _public_files(preset: str, folder: Path, parts: Iterable[str]) -> dict[str, tuple[Path, Table]]:
@@ -194,6 +251,7 @@ def _public_files(preset: str, folder: Path, parts: Iterable[str]) -> dict[str, 
         "vit": {EVA: VIT},
         "qformer": {BLIP2: QFORMER},
         "vae": {TRYON_VAE: VAE} | dict.fromkeys(TRYON, VAE_INSIDE),
+        "llama": LLMS,
     }
     paths = {part: wanted(preset, folder, *choices[part]) for part in parts}
     return {part: (path, choices[part][path.name]) for part, path in paths.items()}
@@ -205,10 +263,16 @@ def _fill(
     preset: str,
     device: str | torch.device,
     dtype: torch.dtype,
+    llm_dtype: torch.dtype,
 ) -> None:
     for part, (path, table) in files.items():
-        with _naming(path, preset):
-            load_into(getattr(model, part), read_checkpoint(path), table, dtype=dtype, device=device)
+        module, to = getattr(model, part), llm_dtype if part == "llama" else dtype
+        with _naming(path, preset):  # no name for the checkpoint: load_into frees it tensor by tensor
+            if path.is_dir():
+                rows = model.cfg.llama.vocab_size
+                load_into(module, read_llama(path, table, rows), table, dtype=to, device=device)
+            else:
+                load_into(module, read_checkpoint(path), table, dtype=to, device=device)
 
 
 @contextmanager

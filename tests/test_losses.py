@@ -1,0 +1,253 @@
+"""ITG, Eq. 6, from the samples of `train_phase1.Answers` to the number: what is predicted, from what, and what counts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import train_phase1
+from tests.faults import plant
+from tests.parity import randomise
+from tests.rooms import SMALL
+from train_phase1 import Answers, caption_losses
+from unifashion import lora, losses, model, training
+from unifashion.llama import LlamaConfig
+from unifashion.model import UniFashion
+from unifashion.preprocess import qformer_image
+from unifashion.tokenizers import INSTRUCTIONS, SentencePiece, prompt
+from weights.load import FOLDERS
+
+CFG = replace(
+    SMALL, llama=LlamaConfig(1024, dim=32, depth=2, heads=4, mlp_dim=48, context=128), max_caption=24
+)
+TEXTS = ("red dress", "a blue shirt with white dots and long sleeves", "green jacket")
+
+
+@pytest.fixture(scope="module")
+def words() -> SentencePiece:
+    return SentencePiece(FOLDERS["tiny"] / "llama_tokenizer.model")
+
+
+@pytest.fixture
+def writer() -> UniFashion:
+    return randomise(UniFashion(CFG, draws=False, writes=True), 0).float()
+
+
+class Shop:
+    """A data set with one of TEXTS to each picture."""
+
+    def __init__(self, texts: tuple[str, ...] = TEXTS) -> None:
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, i: int) -> dict:
+        return {"image": Image.new("RGB", (30, 40), (80 * i, 90, 200)), "text": self.texts[i]}
+
+
+# what is computed of the logits
+
+
+def test_itg_is_the_mean_of_a_captions_tokens_and_then_of_the_captions():
+    logits, ids = torch.randn(3, 6, 11, dtype=torch.float64), torch.randint(11, (3, 6))
+    spans = [(1, 2), (2, 6), (0, 3)]  # of 1, 4 and 3 tokens
+    answer = torch.zeros(3, 6, dtype=torch.bool)
+    means = []
+    for row, (first, end) in enumerate(spans):
+        answer[row, first:end] = True
+        p = [logits[row, i].softmax(0)[ids[row, i]] for i in range(first, end)]
+        means.append(sum(-x.log() for x in p) / (end - first))
+    torch.testing.assert_close(losses.itg(logits, ids, answer), sum(means) / 3, atol=1e-12, rtol=0)
+    one = (
+        torch.stack(means).mul(torch.tensor([1, 4, 3])).sum() / 8
+    )  # a mean over all tokens is another number
+    assert (losses.itg(logits, ids, answer) - one).abs() > 1e-3
+
+
+def test_only_the_captions_own_tokens_count():
+    logits, ids = torch.randn(2, 5, 11), torch.randint(11, (2, 5))
+    answer = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 1]], dtype=torch.bool)
+    before = losses.itg(logits, ids, answer)
+    for column in range(5):
+        for row in range(2):
+            changed, other = logits.clone(), ids.clone()
+            changed[row, column] = torch.randn(11)
+            other[row, column] = (ids[row, column] + 1) % 11
+            assert torch.equal(losses.itg(changed, ids, answer), before) != answer[row, column]
+            assert torch.equal(losses.itg(logits, other, answer), before) != answer[row, column]
+
+
+# what the samples say
+
+
+@pytest.mark.parametrize("style", INSTRUCTIONS)
+def test_a_sample_is_the_template_of_its_style_the_answer_and_its_end(style, words):
+    samples = Answers({style: Shop()}, CFG, words)
+    before, after = prompt(words, style)
+    for i, text in enumerate(TEXTS):
+        s = samples[i]
+        assert s["before"].tolist() == before
+        own = s["ids"][s["answer"]].tolist()
+        assert own[-1] == words.eos and words.decode(own) == text and words.eos not in own[:-1]
+        assert s["ids"][: len(after)].tolist() == after and not s["answer"][: len(after)].any()
+        assert s["answer"].int().diff().clamp(min=0).sum() == 1  # in one piece
+        assert (s["ids"][len(after) + len(own) :] == words.eos).all()
+        assert torch.equal(s["picture"], qformer_image(Shop()[i]["image"], 28))
+
+
+def test_each_data_set_is_answered_in_its_own_style(words):
+    styles = list(INSTRUCTIONS)
+    samples = Answers({style: Shop(TEXTS[: i + 1]) for i, style in enumerate(styles)}, CFG, words)
+    assert len(samples) == 6
+    for i, style in enumerate([styles[0], *[styles[1]] * 2, *[styles[2]] * 3]):
+        after = prompt(words, style)[1]
+        start = int(samples[i]["answer"].int().argmax())
+        assert samples[i]["ids"][:start].tolist() == after
+        assert INSTRUCTIONS[style] in words.decode(after).replace("  ", " ")
+    assert {len(samples[i]["ids"]) for i in range(6)} == {samples.room}  # so that batches can be mixed
+
+
+def test_a_caption_that_is_cut_has_no_end(words):
+    long = ", ".join(["a red dress with white dots"] * 9)
+    for text, room in ((long, CFG.max_caption), (long, 1)):
+        samples = Answers({"fashion200k": Shop((text,))}, replace(CFG, max_caption=room), words)
+        own = samples[0]["ids"][samples[0]["answer"]].tolist()
+        assert len(own) == room and words.eos not in own
+    exact = words.encode("red dress", bos=False)
+    for room, end in ((len(exact), False), (len(exact) + 1, True)):
+        samples = Answers({"fashion200k": Shop(("red dress",))}, replace(CFG, max_caption=room), words)
+        own = samples[0]["ids"][samples[0]["answer"]].tolist()
+        assert own == exact + [words.eos] * end
+
+
+def test_a_batch_is_as_wide_as_its_longest_answer_in_steps_of_eight(words):
+    samples = Answers({style: Shop() for style in INSTRUCTIONS}, CFG, words)
+    every = [samples[i] for i in range(len(samples))]
+    widths = set()
+    for rows in ([0], [1], [8], [0, 4], list(range(9))):
+        whole = torch.utils.data.default_collate([every[i] for i in rows])
+        cut = training.shorten(whole)
+        longest = max(int(every[i]["answer"].nonzero().max()) + 1 for i in rows)
+        width = cut["ids"].shape[1]
+        assert cut["answer"].shape[1] == width and longest <= width < longest + 8
+        assert width % 8 == 0 or width == samples.room
+        assert torch.equal(cut["answer"].sum(1), whole["answer"].sum(1))  # no answer loses anything
+        assert torch.equal(cut["ids"], whole["ids"][:, :width]) and cut["picture"] is whole["picture"]
+        widths.add(width)
+    assert len(widths) > 1
+    full = {"ids": torch.zeros(1, 16), "answer": torch.ones(1, 16, dtype=torch.bool)}
+    assert training.shorten(full)["ids"].shape[1] == 16
+    other = {"ids": torch.zeros(1, 16), "mask": torch.ones(1, 16)}  # align's: the Q-Former's texts
+    assert training.shorten(other) is other
+
+
+def test_shortened_cached_or_whole_the_loss_is_the_same(words, writer):
+    samples = Answers({style: Shop() for style in INSTRUCTIONS}, CFG, words)
+    order = [[0, 5], [7, 2], [5, 8]]
+    encode = lambda batch: train_phase1.encode_caption(writer, batch)  # noqa: E731
+    whole = [encode(torch.utils.data.default_collate([samples[i] for i in rows])) for rows in order]
+    expected = [loss(writer, batch) for batch in whole]
+    for cache in (False, True):
+        got = list(training.batches(samples, iter(order), encode, cache))
+        assert any(batch["ids"].shape[1] < samples.room for batch in got)
+        torch.testing.assert_close([loss(writer, b) for b in got], expected, atol=2e-3, rtol=0)
+        if not cache:  # no rounding of Z
+            torch.testing.assert_close([loss(writer, b) for b in got], expected, atol=1e-5, rtol=0)
+
+
+# what is predicted from what
+
+
+def shifted(writer: UniFashion, batch: dict[str, Tensor]) -> float:
+    """How far `predict_words` is from the LLM asked for one token after the other, each after all that precede it."""
+    z, before, ids = batch["z"], batch["before"][0], batch["ids"]
+    one_by_one = [
+        writer.llama.logits(writer.llama(writer.soft_prompt(z, before, ids[:, :i]))[:, -1])
+        for i in range(ids.shape[1])
+    ]
+    return (writer.predict_words(z, before, ids) - torch.stack(one_by_one, 1)).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [None, "hidden[:, -after.shape[1] :]", "hidden[:, -after.shape[1] - 2 : -2]"],
+    ids=["right", "its own", "two before"],
+)
+@torch.no_grad()
+def test_a_token_is_predicted_from_those_before_it(fault, words, writer, monkeypatch):
+    if fault:
+        plant(monkeypatch, model, "UniFashion.predict_words", "hidden[:, -after.shape[1] - 1 : -1]", fault)
+    assert (shifted(writer, sample(words, writer)) < 1e-4) == (fault is None)
+
+
+@pytest.mark.parametrize("fault", [None, "hidden[:, -after.shape[1] :]"], ids=["right", "shifted"])
+def test_what_was_learned_by_itg_is_written(fault, words, monkeypatch):
+    """Caught even where loss and logits are wrong together: a caption learned by heart comes back, and then its end."""
+    if fault:
+        plant(monkeypatch, model, "UniFashion.predict_words", "hidden[:, -after.shape[1] - 1 : -1]", fault)
+    torch.manual_seed(0)
+    writer = UniFashion(CFG, draws=False, writes=True)
+    batch = sample(words, writer)
+    batch["z"] = torch.randn(batch["z"].shape)
+    learn = [*writer.text_adapter.parameters(), *writer.llama.parameters()]
+    optimizer = torch.optim.Adam(learn, lr=1e-2)
+    for step in range(60):
+        value = caption_losses(writer, batch, 0, step, 0.0)["itg"]
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    assert value < 0.1
+    after = torch.tensor(prompt(words, "fashion200k")[1])
+    ids = writer.write(batch["z"], batch["before"][0], after.expand(len(TEXTS), -1), 20, words.eos)
+    written = [words.decode(row[: row.index(words.eos)]) if words.eos in row else "" for row in ids.tolist()]
+    assert (written == list(TEXTS)) == (fault is None)
+
+
+@torch.no_grad()
+def test_the_loss_depends_on_z_the_template_and_the_answer_and_on_no_padding(words, writer):
+    batch = sample(words, writer)
+    before = loss(writer, batch)
+    assert (loss(writer, batch | {"z": batch["z"].flip(0)}) - before).abs() > 1e-3
+    assert (loss(writer, batch | {"before": batch["before"] + 1}) - before).abs() > 1e-3
+    column = torch.arange(batch["ids"].shape[1])
+    start = batch["answer"].int().argmax(1)[:, None]
+    end = start + batch["answer"].sum(1)[:, None]
+    for name, where in {
+        "template": column < start,
+        "answer": batch["answer"],
+        "padding": column >= end,
+    }.items():
+        assert where.any(), name
+        changed = torch.where(where, (batch["ids"] + 7) % 1000, batch["ids"])
+        difference = (loss(writer, batch | {"ids": changed}) - before).abs()
+        assert (difference < 1e-5) == (name == "padding"), name
+
+
+@torch.no_grad()
+def test_before_it_has_learned_lora_is_nothing(words, writer):
+    batch = sample(words, writer)
+    base = writer.predict_words(batch["z"], batch["before"][0], batch["ids"])
+    lora.inject(writer.llama, lora.LoRAConfig(rank=4, alpha=8.0, dropout=0.2))
+    writer.train()
+    assert torch.equal(writer.predict_words(batch["z"], batch["before"][0], batch["ids"]), base)
+    writer.llama.layers[0].mlp.up.lora_b.fill_(0.1)
+    assert not torch.equal(writer.predict_words(batch["z"], batch["before"][0], batch["ids"]), base)
+
+
+# helpers
+
+
+def sample(words: SentencePiece, writer: UniFashion) -> dict[str, Tensor]:
+    """All of the shop as one batch, as `caption_losses` gets it."""
+    samples = Answers({"fashion200k": Shop()}, CFG, words)
+    assert samples.room == len(prompt(words, "fashion200k")[1]) + CFG.max_caption
+    batch = torch.utils.data.default_collate([samples[i] for i in range(len(samples))])
+    return train_phase1.encode_caption(writer.eval(), training.shorten(batch))
+
+
+@torch.no_grad()
+def loss(writer: UniFashion, batch: dict[str, Tensor]) -> Tensor:
+    return caption_losses(writer, batch, 0, 0, 0.0)["itg"]

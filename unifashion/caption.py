@@ -1,0 +1,145 @@
+"""Pictures -> captions, as `infer.py caption` and `eval.captioning` write them, and the file that keeps them."""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unifashion import UserError
+from unifashion.config import UniFashionConfig
+from unifashion.model import UniFashion
+from unifashion.tokenizers import SentencePiece, prompt
+
+
+class Caption(NamedTuple):
+    text: str
+    tokens: int  # its end counted, where the model came to it
+    whole: bool  # it ended by itself
+
+
+@torch.no_grad()
+def write_captions(
+    model: UniFashion,
+    words: SentencePiece,
+    pictures: list[Tensor],
+    style: str,
+    max_tokens: int = 128,
+    beams: int = 1,
+) -> list[Caption]:
+    """pictures, each (3,224,224), from `preprocess.qformer_image`; style a key of `tokenizers.INSTRUCTIONS`."""
+    before, after = (torch.tensor(ids, device=model.device) for ids in prompt(words, style))
+    z, _ = model.qformer(model.see(torch.stack(pictures).to(model.device)))
+    ids = model.write(z, before, after.expand(len(z), -1), max_tokens, words.eos, beams)
+    captions = []
+    for row in ids.tolist():
+        whole = words.eos in row
+        end = row.index(words.eos) if whole else len(row)
+        captions.append(Caption(words.decode(row[:end]).strip(), end + whole, whole))
+    return captions
+
+
+def room(cfg: UniFashionConfig, words: SentencePiece, style: str) -> int:
+    """How many tokens a caption may have: the LLM's context less the prompt."""
+    before, after = prompt(words, style)
+    return cfg.llama.context - len(before) - cfg.qformer.queries - len(after)
+
+
+class CaptionFile:
+    """
+    A file of captions, one JSON object a line: image, style, model, sha256 (of the picture), caption.
+
+    What is written goes to FILE.part first, a batch at a time, so that a run that was killed goes on; `finish` makes FILE.
+    Raises UserError for a file that is none, and for one whose captions are by another model.
+    """
+
+    def __init__(self, path: Path, model: str) -> None:
+        self.path, self.part = path, Path(f"{path}.part")
+        for file in (path, self.part, self._new(path)):
+            if not self._can_be_written(file):
+                raise UserError(f"{file} cannot be written: --out wants a file in a folder that exists")
+        self.rows: dict[tuple, dict] = {}
+        for file in (path, self.part):
+            for row in self.read(file):
+                if row["model"] != model:
+                    raise UserError(
+                        f"{file} holds captions by {row['model']}, not {model}: give --out another name"
+                    )
+                self.rows[self.key(row)] = row
+        # Of .part's bytes, the lines that are whole: what a kill cut short is written over.
+        self.whole = self.part.read_bytes().rfind(b"\n") + 1 if self.part.is_file() else 0
+
+    @staticmethod
+    def key(row: dict) -> tuple:
+        return row["image"], row["style"]
+
+    def read(self, file: Path) -> list[dict]:
+        lines = file.read_bytes().split(b"\n") if file.is_file() else []
+        rows = []
+        for i, line in enumerate(lines):
+            if not line.strip() or (file == self.part and i + 1 == len(lines)):  # cut short by the kill
+                continue
+            try:
+                row = json.loads(line)
+                if not all(isinstance(row[k], str) for k in ("image", "style", "model", "sha256", "caption")):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise UserError(
+                    f"{file} is no file of captions (line {i + 1}): give --out another name"
+                ) from None
+            rows.append(row)
+        return rows
+
+    def __contains__(self, row: dict) -> bool:
+        """Whether the picture, unchanged, has a caption of this style."""
+        return self.rows.get(self.key(row), {}).get("sha256") == row["sha256"]
+
+    def of(self, row: dict) -> dict:
+        return self.rows[self.key(row)]
+
+    def add(self, rows: list[dict]) -> None:
+        self.rows |= {self.key(row): row for row in rows}
+        data = self._lines(rows)
+        with self._naming_errors(), open(self.part, "ab") as file:
+            file.truncate(self.whole)
+            file.write(data)
+        self.whole += len(data)
+
+    def finish(self) -> None:
+        if self.part.is_file():  # or nothing has been added
+            with self._naming_errors():
+                self._new(self.path).write_bytes(self._lines(list(self.rows.values())))
+                self._new(self.path).replace(self.path)
+                self.part.unlink()
+
+    @staticmethod
+    def _lines(rows: list[dict]) -> bytes:
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+    @staticmethod
+    def _new(file: Path) -> Path:
+        return Path(f"{file}.new")
+
+    @staticmethod
+    def _can_be_written(file: Path) -> bool:
+        there = file.absolute().parent
+        try:
+            regular = stat.S_ISREG(os.stat(file).st_mode) and os.access(file, os.R_OK | os.W_OK)
+        except (FileNotFoundError, NotADirectoryError):
+            regular = True
+        except OSError as error:  # a name that is too long
+            raise UserError(f"{file} cannot be written: {error.strerror}") from None
+        return regular and there.is_dir() and os.access(there, os.W_OK)
+
+    @contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        """A disk that is full, a folder that is gone."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from None

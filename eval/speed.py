@@ -1,4 +1,9 @@
-"""How long one sampler step takes: ours beside diffusers' plain U-Net, taking turns in the same run.
+"""How long ours takes, beside diffusers and transformers, taking turns in the same run.
+
+    python -m eval.speed [--repeats 5] [--device cpu]          one step of the sampler
+    python -m eval.speed write [--repeats 5] [--device cpu]    a caption
+
+A step:
 
     ours, with the garment    U-Net with 13 input channels, garment encoder, nine attention blocks in the decoder
     ours, the U-Net alone     the same without a garment: the same work as diffusers'
@@ -31,9 +36,13 @@ from unifashion import Parser, UserError, training
 from unifashion.blocks import UNetConfig
 from unifashion.config import FULL, TINY
 from unifashion.garment import GarmentEncoder
+from unifashion.llama import Llama, LlamaConfig, generate
 from unifashion.unet import UNet
+from weights.llama import LLAMA
+from weights.rename import load_into
 
 BATCH, TOKENS = 2, 32
+WRITER = LlamaConfig(dim=1024, depth=12, heads=16, mlp_dim=2816, context=512)
 Step = Callable[[], Tensor]
 
 
@@ -96,6 +105,40 @@ def steps_of(cfg: UNetConfig, latent: tuple[int, int], device: torch.device) -> 
     }
 
 
+def writers_of(cfg: LlamaConfig, b: int, tokens: int, device: torch.device) -> dict[str, Step]:
+    """Name -> one generation: token ids (b,tokens)."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            "eval.speed compares with transformers, which is not installed: pip install transformers"
+        ) from None
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    like = transformers.LlamaConfig(
+        vocab_size=cfg.vocab_size,
+        hidden_size=cfg.dim,
+        intermediate_size=cfg.mlp_dim,
+        num_hidden_layers=cfg.depth,
+        num_attention_heads=cfg.heads,
+        max_position_embeddings=cfg.context,
+        rms_norm_eps=cfg.eps,
+        attn_implementation="sdpa",
+        pad_token_id=0,
+        eos_token_id=None,  # both write on to the last token
+    )
+    theirs = transformers.LlamaForCausalLM(like).to(device, dtype).eval()
+    with torch.device("meta"):
+        ours = Llama(cfg).eval()
+    load_into(ours, theirs.state_dict(), LLAMA)
+    prompt = (0.02 * torch.randn(b, 64, cfg.dim)).to(device, dtype)
+    mask = torch.ones(b, 64, dtype=torch.bool, device=device)
+    asked = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True}
+    return {
+        "ours": lambda: generate(ours, prompt, mask, tokens, eos=-1),
+        "transformers": lambda: theirs.generate(inputs_embeds=prompt, attention_mask=mask.long(), **asked),
+    }
+
+
 class Round(NamedTuple):
     seconds: float
     cpu_seconds: float  # of all threads
@@ -148,7 +191,21 @@ def report(work: dict[str, int], rounds: dict[str, list[Round]]) -> str:
     return "\n".join(lines)
 
 
-def machine(device: torch.device) -> str:
+def report_writing(tokens: int, found: dict[int, dict[str, list[Round]]]) -> str:
+    """found: batch -> name -> rounds. A row for each batch and name: tokens a second at the median, ratio to transformers'."""
+    lines = [f"{'batch':<7}{'':<14}{'s':>8}{'tokens/s':>10}{'ratio':>7}   all, s"]
+    for b, rounds in found.items():
+        rate = {
+            name: b * tokens / statistics.median(r.seconds for r in times) for name, times in rounds.items()
+        }
+        for name, times in rounds.items():
+            row = f"{b:<7}{name:<14}{b * tokens / rate[name]:>8.3f}{rate[name]:>10.1f}"
+            row += f"{rate[name] / rate['transformers']:>7.2f}"
+            lines.append(f"{row}   {' '.join(f'{r.seconds:.3f}' for r in times)}")
+    return "\n".join(lines)
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         what = torch.cuda.get_device_name()
     else:
@@ -158,7 +215,7 @@ def machine(device: torch.device) -> str:
             (line.split(": ")[1] for line in names if line.startswith("model name")), platform.processor()
         )
         what = f"{model}, {torch.get_num_threads()} threads"
-    return f"{what}; torch {torch.__version__}; bfloat16"
+    return f"{what}; torch {torch.__version__}; {str(dtype).removeprefix('torch.')}"
 
 
 def peak_memory(device: torch.device) -> int:
@@ -170,6 +227,7 @@ def peak_memory(device: torch.device) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
+    parser.add_argument("what", nargs="?", choices=["draw", "write"], default="draw")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds; medians are reported")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
     parser.add_argument(
@@ -182,7 +240,18 @@ def main(argv: list[str] | None = None) -> None:
     training.fast_malloc()
     preset = TINY if args.tiny else FULL
     torch.manual_seed(0)
-    print(machine(device), flush=True)
+    if args.what == "write":
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        print(machine(device, dtype), flush=True)
+        cfg, tokens, found = (TINY.llama if args.tiny else WRITER), 8 if args.tiny else 64, {}
+        for b in (1, 8):
+            steps = writers_of(cfg, b, tokens, device)
+            if dtype == torch.float32:
+                same = torch.equal(*(step() for step in steps.values()))
+                print(f"batch {b}: the same tokens: {'yes' if same else 'NO'}", flush=True)
+            found[b] = measure(steps, args.repeats, device)
+        return print(report_writing(tokens, found))
+    print(machine(device, torch.bfloat16), flush=True)
     work = multiply_adds(preset.unet, preset.latent)
     print(report(work, measure(steps_of(preset.unet, preset.latent, device), args.repeats, device)))
     print(f"peak memory {peak_memory(device) / 2**30:.1f} GiB, all three networks loaded")

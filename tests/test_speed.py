@@ -75,3 +75,33 @@ def test_wrong_arguments_are_one_line():
         speed.main(["--repeats", "0"])
     with pytest.raises(UserError, match="device"):
         speed.main(["--tiny", "--device", "abacus"])
+
+
+def test_writing_prints_both_writers_of_the_same_tokens_and_their_ratio(capsys):
+    speed.main(["write", "--tiny", "--repeats", "2", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "float32" in out and out.count("the same tokens: yes") == 2
+    for b in (1, 8):
+        rows = re.findall(
+            rf"^{b} +(ours|transformers) +\S+ +(\S+) +(\d+\.\d\d)   \S+ \S+$", out, re.MULTILINE
+        )
+        assert [name for name, _, _ in rows] == ["ours", "transformers"] and rows[1][2] == "1.00"
+        rates = [float(rate) for _, rate, _ in rows]
+        assert float(rows[0][2]) == pytest.approx(rates[0] / rates[1], abs=0.02)
+
+
+def test_writers_write_all_the_tokens_that_are_timed():
+    for b, tokens in ((1, 5), (3, 9)):
+        steps = speed.writers_of(TINY.llama, b, tokens, CPU)
+        ours, theirs = (step() for step in steps.values())
+        assert ours.shape == (b, tokens) and torch.equal(ours, theirs)
+
+
+def test_a_rate_is_of_all_tokens_of_the_batch_at_the_median():
+    rounds = {
+        "ours": [speed.Round(1.0, 0), speed.Round(9.0, 0), speed.Round(2.0, 0)],
+        "transformers": [speed.Round(4.0, 0)] * 3,
+    }
+    lines = speed.report_writing(10, {8: rounds}).splitlines()
+    assert lines[1].split() == ["8", "ours", "2.000", "40.0", "2.00", "1.000", "9.000", "2.000"]
+    assert lines[2].split()[:5] == ["8", "transformers", "4.000", "20.0", "1.00"]

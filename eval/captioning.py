@@ -1,0 +1,445 @@
+"""Captions in the manners of three data sets: like their references, and true of ToyFashion's garments?
+
+    python -m eval.captioning --data toy --out captions.jsonl
+    python -m eval.captioning --data fashiongen=PATH              real data, beside the paper's row: BLEU-4 alone
+
+Of each style one picture each of --samples garments, the same in all styles, of attribute combinations that training never
+saw; captions are written by `unifashion.caption`, as `infer.py caption` does. Then, in %:
+
+    BLEU-4        as pycocoevalcap computes it, each picture's one reference in words as `eval.metrics.bleu` splits them;
+                  against the references of the other styles too, which are what those data sets say of the same garments
+    precision     of the attribute values that the captions name (`texts.named`), those that are true of the garment
+    coverage      of the attributes that a picture's reference names, those of which its caption names the true value:
+                  a caption that names every value has it all, at the price of its precision
+
+Beside the captions: those of other pictures, shuffled between the garments; the truth, written anew by ToyFashion in the
+same style with its own choice of words and details, which is what a perfect captioner can be expected to reach; and the
+most frequent values of training, whatever the picture. Intervals: 95 %, bootstrap over pictures (of no width where all
+agree).
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from eval.generation import interval, qformer_hash, read_rows
+from eval.metrics.bleu import bleu, counts, words
+from unifashion import Parser, UserError, runs, training
+from unifashion.caption import Caption, room, write_captions
+from unifashion.config import PRESETS
+from unifashion.data import toy
+from unifashion.data.fashion200k import Fashion200K
+from unifashion.data.fashiongen import FashionGen
+from unifashion.data.fashioniq import FashionIQCap
+from unifashion.data.texts import caption, detailed, named, professional
+from unifashion.data.toy import Garment
+from unifashion.model import UniFashion
+from unifashion.preprocess import qformer_image
+from unifashion.tokenizers import SentencePiece
+from weights.load import llm_tokenizer, load_unifashion
+
+READERS = {"fashion200k": Fashion200K, "fashiongen": FashionGen, "fashioniq-cap": FashionIQCap}
+WRITERS = {
+    "fashion200k": caption,
+    "fashiongen": lambda g, rng: ". ".join(professional(g, rng)),
+    "fashioniq-cap": detailed,
+}
+ATTRIBUTES = tuple(toy.ATTRIBUTES)
+PAPER = {"BLEU-4": 35.53, "METEOR": 29.32, "ROUGE-L": 54.59, "CIDEr": 169.5}  # FashionGen, Table 2
+Said = dict[str, set[str]]  # attribute -> the values that a text names, or that are true
+
+
+class Case(NamedTuple):
+    """A picture of a garment, and the text that its data set has for it."""
+
+    picture: str
+    reference: str
+    caption: Caption
+
+
+# What is captioned
+
+
+def draw(products: Sequence[str], samples: int, seed: int) -> list[int]:
+    """The product of each picture -> indices: one picture each of `samples` products, or of all, in random order.
+
+    Data sets with as many pictures of the same products, whatever they call them, give the same.
+    """
+    pictures: dict[str, list[int]] = {}
+    for i, product in enumerate(products):
+        pictures.setdefault(product, []).append(i)
+    names, generator = sorted(pictures), training.seeded("captioning", seed)
+    order = torch.randperm(len(names), generator=generator).tolist()
+    views = torch.rand(len(names), generator=generator).tolist()
+    return [pictures[names[k]][int(views[k] * len(pictures[names[k]]))] for k in order[:samples]]
+
+
+def shuffled(looks: Sequence, seed: int) -> list[int]:
+    """For every look another one, each taken once, that is not equal. Raises UserError if there is no such order."""
+    for attempt in range(1000):
+        order = torch.randperm(len(looks), generator=training.seeded("shuffled", seed, attempt)).tolist()
+        if all(looks[i] != looks[j] for i, j in enumerate(order)):
+            return order
+    raise UserError("the garments are too much alike to shuffle their captions: take more --samples")
+
+
+def garments_of(rows: list[dict], style: str, data: Dataset, picks: list[int]) -> list[Garment]:
+    """The garments of the pictures `picks`; rows are the world's, whose order the products of every part have.
+
+    Raises UserError if it is not so: a text that is not true of its garment tells.
+    """
+    names = sorted(set(data.products))
+    if len(names) == len(rows):
+        known = {name: Garment(**row["garment"]) for name, row in zip(names, rows, strict=True)}
+        garments = [known[data.products[i]] for i in picks]
+        said = [named(data[i]["text"], style) for i in picks]
+        if all(s[k] <= truth(g)[k] for s, g in zip(said, garments, strict=True) for k in ATTRIBUTES):
+            return garments
+    raise UserError(f"{style} has other garments than the ToyFashion that it is part of: draw it anew")
+
+
+def seen_in_training(rows: list[dict], garments: list[Garment]) -> int:
+    """How many of the garments have a combination of attributes that training has, be it in `rows` or in the training data
+    of other parts, which are the combinations that `toy.split_of` gives to train: 0, or it is no test."""
+    seen = {tuple(row["garment"][k] for k in toy.COMBINATION) for row in rows}
+    ours = [tuple(getattr(g, k) for k in toy.COMBINATION) for g in garments]
+    return sum(c in seen or toy.split_of(g) == "train" for c, g in zip(ours, garments, strict=True))
+
+
+def write(
+    model: UniFashion,
+    llm_words: SentencePiece,
+    data: Dataset,
+    picks: list[int],
+    style: str,
+    args: argparse.Namespace,
+) -> tuple[list[Case], float]:
+    """Captions of the pictures `picks`, and the seconds that they took, reading pictures not counted."""
+    cases, seconds = [], 0.0
+    bar = tqdm(total=len(picks), desc=style, disable=args.quiet)
+    for start in range(0, len(picks), args.batch_size):
+        items = [data[i] for i in picks[start : start + args.batch_size]]
+        pictures = [qformer_image(x["image"], model.cfg.vit.image_size[0]) for x in items]
+        began = time.perf_counter()
+        written = write_captions(model, llm_words, pictures, style, args.max_tokens, args.beams)
+        seconds += time.perf_counter() - began
+        for item, made in zip(items, written, strict=True):
+            cases.append(Case(item["path"], item["text"], made))
+        bar.update(len(items))
+    bar.close()
+    return cases, seconds
+
+
+# How it is judged
+
+
+def truth(g: Garment) -> Said:
+    return {k: set() if k == "second" and g.pattern == "plain" else {getattr(g, k)} for k in ATTRIBUTES}
+
+
+def most_frequent(truths: list[Said]) -> Said:
+    """Of each attribute the value that most garments have: what can be said without looking."""
+    tallies = {k: Counter(value for said in truths for value in sorted(said[k])) for k in ATTRIBUTES}
+    return {k: {value for value, _ in tally.most_common(1)} for k, tally in tallies.items()}
+
+
+def count(said: list[Said], truths: list[Said], references: list[Said]) -> np.ndarray:
+    """-> (n,7,4) of each picture and attribute: values named, those that are true, whether it is asked, and told truly.
+
+    Asked is what the reference names; its own value there is not looked at.
+    """
+    rows = [
+        [
+            (len(s[k]), len(s[k] & true[k]), bool(asked[k]), bool(asked[k]) and bool(s[k] & true[k]))
+            for k in ATTRIBUTES
+        ]
+        for s, true, asked in zip(said, truths, references, strict=True)
+    ]
+    return np.array(rows, float)
+
+
+def resampled(values: np.ndarray, times: int = 1000) -> np.ndarray:
+    """values (n,...) -> (1+times,...): the sum over all pictures, then over as many drawn with replacement."""
+    n = len(values)
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), times)
+    return np.tensordot(np.concatenate([np.ones((1, n)), draws]), values, 1)
+
+
+def shares(counted: np.ndarray) -> dict[str, dict]:
+    """`count`'s (n,7,4) -> precision and coverage in %, of each attribute and of all together, and of how many."""
+    counted = np.concatenate([counted, counted.sum(1, keepdims=True)], axis=1)
+    sums = resampled(counted)
+    with np.errstate(invalid="ignore"):  # of nothing there is no share: nan
+        precision, coverage = 100 * sums[..., 1] / sums[..., 0], 100 * sums[..., 3] / sums[..., 2]
+    return {
+        k: {
+            "named": int(sums[0, i, 0]),
+            "precision": interval(precision[:, i]),
+            "asked": int(sums[0, i, 2]),
+            "coverage": interval(coverage[:, i]),
+        }
+        for i, k in enumerate((*ATTRIBUTES, "all"))
+    }
+
+
+def bleu4(captions: list[str], references: list[str]) -> list[float | None]:
+    """In %, with its interval; one reference a caption."""
+    pairs = zip(captions, references, strict=True)
+    return interval(100 * bleu(resampled(np.stack([counts(words(c), [words(r)]) for c, r in pairs])))[:, 3])
+
+
+def as_released(captions: list[str], references: list[str]) -> list[float | None]:
+    """BLEU-4 as UniFashion's src/metric.py has it: 100 characters of each, and the caption in the reference's place."""
+    return bleu4([text[:100] for text in references], [text[:100] for text in captions])
+
+
+def judge(
+    style: str, cases: dict[str, list[Case]], garments: list[Garment] | None, common: Said, seed: int
+) -> dict[str, dict]:
+    """
+    -> {"BLEU-4": {row: {style: figure}}, "attributes": {row: `shares`}}
+
+    cases     of every style, in one order of garments
+    garments  in that order; without them, in real data, nothing is known but the references
+    common    what can be said without looking
+    """
+    own = cases[style]
+    texts = {"captions": [case.caption.text for case in own]}
+    looks = [case.reference for case in own]
+    if garments is not None:
+        looks = [replace(g, second=g.colour) if g.pattern == "plain" else g for g in garments]
+    texts["of other pictures"] = [texts["captions"][i] for i in shuffled(looks, seed)]
+    if garments is not None:
+        rng = np.random.default_rng([seed, list(WRITERS).index(style)])
+        texts["the truth, anew"] = [WRITERS[style](g, rng) for g in garments]
+    references = {name: [case.reference for case in others] for name, others in cases.items()}
+    scores = {row: {k: bleu4(said, refs) for k, refs in references.items()} for row, said in texts.items()}
+    if garments is None:
+        return {"BLEU-4": scores}
+    truths, asked = [truth(g) for g in garments], [named(text, style) for text in references[style]]
+    said = {row: [named(text, style) for text in made] for row, made in texts.items()}
+    said["most frequent"] = [common] * len(own)
+    return {
+        "BLEU-4": scores,
+        "attributes": {row: shares(count(s, truths, asked)) for row, s in said.items()},
+    }
+
+
+# How it is told
+
+
+def table(style: str, cases: list[Case], seconds: float, result: dict) -> str:
+    """One style's figures as text."""
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        return f"{name:<24}" + "".join(f"{cell:>22}" for cell in cells)
+
+    def cell(figure: list[float | None]) -> str:
+        return "-" if figure[0] is None else "{:.1f} [{:.1f}, {:.1f}]".format(*figure)
+
+    made = [case.caption for case in cases]
+    tokens = sum(c.tokens for c in made)
+    lines = [
+        f"\n{style}: {len(made)} pictures, {100 * sum(c.whole for c in made) / len(made):.1f} % of the captions ended by "
+        f"themselves, {tokens / len(made):.1f} tokens each, {tokens / seconds:.0f} tokens/s"
+    ]
+    scores = result["BLEU-4"]
+    lines.append(line("BLEU-4 against", [f"{k} (own)" if k == style else k for k in scores["captions"]]))
+    lines += [line(row, map(cell, figures.values())) for row, figures in scores.items()]
+    nearest = max(figure[0] for figure in scores["captions"].values())
+    if nearest > scores["captions"][style][0]:
+        lines.append("the captions are nearest to another style's references: they do not follow their own")
+    for kind, of in (("precision", "named"), ("coverage", "asked")):
+        for row, shown in result.get("attributes", {}).items():
+            if row == "captions":
+                lines.append(line(kind, shown))
+                lines.append(line(f"{of}, how many", [str(figures[of]) for figures in shown.values()]))
+            lines.append(line(row, [cell(figures[kind]) for figures in shown.values()]))
+    return "\n".join(lines)
+
+
+def beside_the_paper(cases: list[Case], ours: list[float | None]) -> str:
+    """FashionGen's captioning: our row, ours as the released code would have it, and the published one."""
+    captions, references = zip(*((case.caption.text, case.reference) for case in cases), strict=True)
+    rows = {
+        "ours, whole texts": f"{ours[0]:>9.2f}" + 3 * f"{'-':>9}",
+        "ours, as released": f"{as_released(captions, references)[0]:>9.2f}" + 3 * f"{'-':>9}",
+        "UniFashion, Table 2": "".join(f"{x:>9}" for x in PAPER.values()),
+    }
+    return "\n".join(
+        [
+            f"\n{'FashionGen':<24}" + "".join(f"{k:>9}" for k in PAPER),
+            *(f"{name:<24}{row}" for name, row in rows.items()),
+            "released: src/metric.py cuts both texts to 100 characters and takes the one for the other; it has no CIDEr.",
+            f"Which pictures the paper took is not said: these are {len(cases)} products of validation, a picture each.",
+        ]
+    )
+
+
+def save(cases: dict[str, list[Case]], path: Path) -> None:
+    """A line for each picture; the file is there whole or not at all."""
+    lines = [
+        {
+            "style": style,
+            "picture": case.picture,
+            "reference": case.reference,
+            "caption": case.caption.text,
+            "tokens": case.caption.tokens,
+            "whole": case.caption.whole,
+        }
+        for style, of_style in cases.items()
+        for case in of_style
+    ]
+    new = path.with_name(f"{path.name}.new")
+    new.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    new.replace(path)
+
+
+def check_arguments(args: argparse.Namespace, name: str) -> None:
+    """Raise UserError for what cannot be, before minutes of work."""
+    if name == "fashiongen" and (args.split == "test" or args.styles not in (None, ["fashiongen"])):
+        raise UserError(
+            "FashionGen has the split val and captions of its own style: leave --split and --styles out"
+        )
+    if args.samples < 2 or args.batch_size < 1 or args.show < 0:
+        raise UserError("--samples must be at least 2, --batch-size at least 1, --show 0 or more")
+    if args.max_tokens < 1 or not 1 <= args.beams <= PRESETS[args.preset].llama.vocab_size // 2:
+        raise UserError(
+            "--max-tokens and --beams must be at least 1, --beams at most half the LLM's vocabulary"
+        )
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}, must be 0 or more")
+    if args.out and (args.out.is_dir() or not os.access(args.out.parent, os.W_OK)):
+        raise UserError(f"{args.out}: is a folder, or its folder cannot be written")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add(
+        "--data",
+        required=True,
+        metavar="NAME[=PATH]",
+        help="toy | fashiongen, in data/NAME if no PATH is given",
+    )
+    add("--split", choices=["val", "test"], help="default test; FashionGen has val")
+    add(
+        "--samples",
+        type=int,
+        default=500,
+        help="pictures (default %(default)s, or all products of a smaller split)",
+    )
+    add("--styles", nargs="+", choices=list(READERS), help="of toy (default: all three)")
+    add("--beams", type=int, default=1, help="1 is greedy (default %(default)s)")
+    add("--max-tokens", type=int, default=128, help="of a caption (default %(default)s)")
+    add("--preset", choices=list(PRESETS), default="tiny")
+    add("--weights", type=Path, help="folder of the weights (default: the preset's own)")
+    add("--batch-size", type=int, default=50)
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of what is drawn, shuffled and written anew (default %(default)s)",
+    )
+    add("--device", default="auto", help="auto | cpu | cuda")
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, else fp32")
+    add(
+        "--show",
+        type=int,
+        default=3,
+        metavar="N",
+        help="print the first captions of each style (default %(default)s)",
+    )
+    add("--out", type=Path, metavar="JSONL", help="write every picture's reference and caption here")
+    add("--quiet", action="store_true", help="no progress bars")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, began = parse(argv), time.perf_counter()
+    name, path = training.name_and_path(args.data, ("toy", "fashiongen"))
+    check_arguments(args, name)
+    training.fast_malloc()
+    device = training.pick_device(args.device)
+    dtype = training.compute_dtype(device, args.dtype)
+    llm_words = llm_tokenizer(args.preset, args.weights)
+    wanted = args.styles or list(READERS)
+    styles = ["fashiongen"] if name == "fashiongen" else [style for style in READERS if style in wanted]
+    for style in styles:
+        most = room(PRESETS[args.preset], llm_words, style)
+        if args.max_tokens > most:
+            raise UserError(
+                f"--max-tokens is {args.max_tokens}: beside the prompt of {style} there is room for {most}"
+            )
+    model = load_unifashion(args.preset, args.weights, device, dtype, draws=False, writes=True)
+
+    garments, common, about = None, {}, {}
+    if name == "toy":
+        world, split = training.toy_folder(path), args.split or "test"
+        folders = {style: toy.part(world, style.removesuffix("-cap"), args.quiet) for style in styles}
+        train, rows = read_rows(world, "train"), read_rows(world, split)
+        about["toyfashion"] = json.loads((world / "toy.json").read_text())
+    else:
+        split, folders = "validation", {"fashiongen": path}
+    data = {style: READERS[style](folder, split) for style, folder in folders.items()}
+    picks = {style: draw(part.products, args.samples, args.seed) for style, part in data.items()}
+    if min(map(len, picks.values())) < 2:
+        raise UserError(f"{args.data}: the split {split} has fewer than 2 products")
+    if name == "toy":
+        garments = [garments_of(rows, style, data[style], picks[style]) for style in styles][0]
+        about["seen in training"] = seen_in_training(train, garments)
+        if about["seen in training"]:
+            raise UserError(
+                f"{about['seen in training']} of {len(garments)} garments have a combination of attributes that training "
+                "has seen: this is no test"
+            )
+        common = most_frequent([truth(Garment(**row["garment"])) for row in train])
+
+    cases, seconds = {}, {}
+    for style in styles:
+        cases[style], seconds[style] = write(model, llm_words, data[style], picks[style], style, args)
+    results = {style: judge(style, cases, garments, common, args.seed) for style in styles}
+    report = {
+        "command": shlex.join(["python", "-m", "eval.captioning", *(sys.argv[1:] if argv is None else argv)]),
+        "commit": runs.git_commit(),
+        **about,
+        "split": split,
+        "pictures of a style": len(next(iter(cases.values()))),
+        "search": f"{args.beams} beams" if args.beams > 1 else "greedy",
+        "most tokens": args.max_tokens,
+        "preset": args.preset,
+        "seed": args.seed,
+        "dtype": "bf16" if dtype == torch.bfloat16 else "fp32",
+        "device": device.type,
+        "torch": torch.__version__,
+        "qformer sha256": qformer_hash(model),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    print(*(f"{k:<28}{value}" for k, value in report.items()), sep="\n")
+    for style in styles:
+        print(table(style, cases[style], seconds[style], results[style]))
+        for case in cases[style][: args.show]:
+            print(f"  {case.picture}\n    reference  {case.reference}\n    caption    {case.caption.text}")
+    if name == "fashiongen":
+        print(
+            beside_the_paper(cases["fashiongen"], results["fashiongen"]["BLEU-4"]["captions"]["fashiongen"])
+        )
+    if args.out:
+        save(cases, args.out)
+
+
+if __name__ == "__main__":
+    training.run(main)

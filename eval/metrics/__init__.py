@@ -1,0 +1,1 @@
+"""Metrics as their public implementations compute them, written out."""

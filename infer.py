@@ -2,6 +2,7 @@
 
     python infer.py tryon --person person.jpg --cloth cloth.jpg --out out.png
     python infer.py tryon --person person.jpg --sketch sketch.png --text "red, long sleeves, v-neck" --out out.png
+    python infer.py caption --image cloth.jpg another.jpg --style fashion200k
 
 Exit codes: 0 done; 2 the input is wrong: one line says what, and nothing is written; 130 stopped by Ctrl-C; 1 a bug.
 What needs torch is imported where it is used, so that `--help` and a mistyped flag answer at once.
@@ -21,35 +22,29 @@ from typing import TYPE_CHECKING
 from unifashion import Parser, UserError
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
     from torch import Tensor
 
+    from unifashion.caption import Caption
     from unifashion.config import UniFashionConfig
     from unifashion.model import UniFashion
     from unifashion.tokenizers import WordPiece
+
+BATCH = 16  # pictures whose captions are written at a time
 
 
 def tryon(args: argparse.Namespace) -> None:
     """Dress the person of one picture in the garment of another, or of a sketch, with a text or without."""
     check_numbers(args)
     outs = result_paths(args)
-    import torch
 
     from unifashion import preprocess, training
-    from unifashion.config import PRESETS
     from unifashion.diffusion import timesteps
-    from weights.load import default_preset, folder_of, load_unifashion, tokenizer
+    from weights.load import folder_of, load_unifashion, tokenizer
 
     notes: list[str] = []  # what was decided for the user
-    if args.preset is None:
-        args.preset = default_preset(args.weights)
-        holds = "holds a" if args.preset == "full" else "holds no"
-        notes.append(f"preset {args.preset}: {args.weights or folder_of('full')} {holds} trained full model")
-    cfg, folder = PRESETS[args.preset], folder_of(args.preset, args.weights)
-    device = training.pick_device(args.device)
-    args.device = device.type
-    if args.dtype == "auto":
-        args.dtype = "bf16" if device.type == "cuda" else "fp32"
+    cfg, device, dtype = settle(args, notes)
     if args.guidance is None:
         args.guidance = cfg.guidance
 
@@ -64,10 +59,7 @@ def tryon(args: argparse.Namespace) -> None:
     inputs = read_inputs(args, person, mask, cfg, tokenizer(args.preset, args.weights), notes)
 
     training.fast_malloc()
-    torch.backends.cudnn.deterministic = True  # same seed, same machine: same bytes
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     start = time.perf_counter()
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     model = load_unifashion(args.preset, args.weights, device, dtype)
     loaded = time.perf_counter()
     if not args.quiet:
@@ -78,6 +70,7 @@ def tryon(args: argparse.Namespace) -> None:
         preprocess.save_png(pasted(picture, person, mask, box, canvas.size), path)
 
     flags = ("model", "preset", "device", "dtype", "seed", "sampler", "steps", "guidance")
+    folder = folder_of(args.preset, args.weights)
     used = {"out": [str(path) for path in outs], "weights": str(folder), "mask": mask_source}
     used |= {flag: getattr(args, flag) for flag in flags}
     used |= {"seconds_loading": round(loaded - start, 2), "seconds_sampling": round(drawn - loaded, 2)}
@@ -86,6 +79,100 @@ def tryon(args: argparse.Namespace) -> None:
     elif not args.quiet:
         for name, value in used.items():
             print(f"{name.replace('_', ' '):17}", " ".join(value) if name == "out" else value)
+
+
+def caption(args: argparse.Namespace) -> None:
+    """Describe garments in the manner of one of the data sets: short, professional or detailed."""
+    from tqdm import tqdm
+
+    from unifashion import training
+    from unifashion.caption import CaptionFile, check_search, write_captions
+    from unifashion.preprocess import qformer_image, read_image
+    from weights.load import FOLDERS, LEARNED, llm_tokenizer, load_unifashion, sha256, wanted
+
+    notes: list[str] = []
+    cfg, device, dtype = settle(args, notes)
+    words = llm_tokenizer(args.preset, args.weights)
+    check_search(cfg, words, args.style, args.max_tokens, args.beams)
+    learned = wanted(args.preset, args.weights or FOLDERS[args.preset], LEARNED[args.preset])
+    by = f"{args.model} {args.preset} {sha256(learned)[:12]}" + f" beams {args.beams}" * (args.beams > 1)
+    images = {path: {"image": str(path), "style": args.style, "model": by} for path in args.image}
+    done = CaptionFile(args.out, by) if args.out else None
+    todo: list[Path] = []
+    for path, row in tqdm(images.items(), "looking", unit="picture", disable=args.quiet or len(images) < 50):
+        row["sha256"] = sha256(path) if os.path.isfile(path) else ""
+        if done is None or not done.has(row, args.max_tokens):
+            read_image(path)  # to complain now, rather than after an hour
+            todo.append(path)
+    if len(todo) < len(images):
+        notes.append(f"{len(images) - len(todo)} of {len(images)} pictures have their caption in {args.out}")
+
+    training.fast_malloc()
+    model = (
+        load_unifashion(args.preset, args.weights, device, dtype, draws=False, writes=True) if todo else None
+    )
+    if not args.quiet:
+        print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
+    written: list[Caption] = []
+    seconds, size = 0.0, max(1, BATCH // args.beams)
+    with tqdm(total=len(todo), desc="captions", unit="picture", disable=args.quiet) as bar:
+        for i in range(0, len(todo), size):
+            batch = todo[i : i + size]
+            pictures = [qformer_image(read_image(path), cfg.vit.image_size[0]) for path in batch]
+            start = time.perf_counter()
+            found = write_captions(model, words, pictures, args.style, args.max_tokens, args.beams)
+            seconds += time.perf_counter() - start
+            for path, one in zip(batch, found, strict=True):
+                images[path] |= {"caption": one.text, "tokens": one.tokens, "whole": one.whole}
+            if done is not None:
+                done.add([images[path] for path in batch])
+            elif not args.json:
+                bar.clear()
+                for path in batch:
+                    text = " ".join(images[path]["caption"].split())  # on one line, whatever the LLM writes
+                    print(f"{path}: " * (len(images) > 1) + text, flush=True)
+            written += found
+            bar.update(len(batch))
+    if done is not None:
+        done.finish()
+    tokens = sum(one.tokens for one in written)
+    used = {
+        "tokens": tokens,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+    }
+    used["cut"] = sum(not one.whole for one in written)
+    if args.json:
+        rows = [row if done is None else done.of(row) for row in images.values()]
+        print(
+            json.dumps({"captions": rows, **used, "device": args.device, "dtype": args.dtype, "notes": notes})
+        )
+    elif not args.quiet:
+        cut = f"; {used['cut']} cut at --max-tokens {args.max_tokens}" * (used["cut"] > 0)
+        print(
+            f"{tokens} tokens in {seconds:.2f} s, {used['tokens_per_second']} a second{cut}", file=sys.stderr
+        )
+
+
+def settle(args: argparse.Namespace, notes: list[str]) -> tuple[UniFashionConfig, torch.device, torch.dtype]:
+    """Preset, device and dtype: what the user left open is decided, in `args` too, and noted."""
+    import torch
+
+    from unifashion.config import PRESETS
+    from unifashion.training import compute_dtype, pick_device
+    from weights.load import default_preset, folder_of
+
+    if args.preset is None:
+        args.preset = default_preset(args.weights)
+        holds = "holds a" if args.preset == "full" else "holds no"
+        notes.append(f"preset {args.preset}: {args.weights or folder_of('full')} {holds} trained full model")
+    folder_of(args.preset, args.weights)  # complains about one that there is not
+    device = pick_device(args.device)
+    dtype = compute_dtype(device, args.dtype)
+    args.device, args.dtype = device.type, "bf16" if dtype == torch.bfloat16 else "fp32"
+    torch.backends.cudnn.deterministic = True  # same seed, same machine: same bytes
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    return PRESETS[args.preset], device, dtype
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -173,7 +260,7 @@ def read_inputs(
 
 def encode(model: UniFashion, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """-> scene (1,9,y,x), context (1,32,768) and hint (1,4,y,x), as train_phase2.py's `encode_tryon` makes them."""
-    dtype = model.null_context.dtype
+    dtype = model.dtype
     x = {k: v.to(model.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     pose = model.vae.encode(x["pose"]) if "pose" in x else None
     scene = model.scene(model.vae.encode(x["agnostic"]), x["keep"], pose)
@@ -199,7 +286,7 @@ def draw(model: UniFashion, inputs: dict[str, Tensor], args: argparse.Namespace)
     if not latent.isfinite().all():
         raise UserError("the numbers overflow: --guidance is too high, or a file of weights is damaged")
     # One at a time: at full size the decoder needs more memory than the sampler.
-    return [model.vae.decode(z[None].to(model.null_context.dtype))[0].float().cpu() for z in latent]
+    return [model.vae.decode(z[None].to(model.dtype))[0].float().cpu() for z in latent]
 
 
 def pasted(
@@ -272,10 +359,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--out", type=Path, required=True, help="a .png; it gets the person's size")
     common_arguments(p)
+
+    p = commands.add_parser("caption", help=caption.__doc__, description=caption.__doc__)
+    p.set_defaults(run=caption)
+    p.add_argument("--image", type=Path, nargs="+", required=True, help="photos of garments, best on white")
+    p.add_argument(
+        "--style",
+        default="fashiongen",
+        help="fashion200k: short | fashiongen: professional | fashioniq-cap: detailed (default %(default)s)",
+    )
+    p.add_argument("--model", choices=["unifashion"], default="unifashion")
+    p.add_argument("--beams", type=int, default=1, help="1 is greedy (default %(default)s)")
+    p.add_argument("--max-tokens", type=int, default=128, help="of a caption (default %(default)s)")
+    p.add_argument(
+        "--out",
+        type=Path,
+        help="a .jsonl, a line a picture; pictures whose caption is in it are left out (default: the terminal)",
+    )
+    common_arguments(p)
     return top.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows what it lacks as \u2019
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = parse(argv)
         args.run(args)
@@ -285,6 +393,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("infer.py: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

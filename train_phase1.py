@@ -23,15 +23,12 @@ from tqdm import tqdm
 
 from unifashion import Parser, UserError, diffusion, losses, runs, training
 from unifashion.config import PRESETS, UniFashionConfig
-from unifashion.data import toy
-from unifashion.data.fashion200k import Fashion200K
-from unifashion.data.fashiongen import FashionGen
-from unifashion.data.fashioniq import FashionIQCap
+from unifashion.data.readers import READERS, in_toy
 from unifashion.model import UniFashion, start_adapter
 from unifashion.preprocess import qformer_image
 from unifashion.tokenizers import SentencePiece, WordPiece, answer_ids, blip_caption, prompt
 from unifashion.tryon import unet_picture
-from weights.load import PUBLIC_PARTS, company, llm_tokenizer, load_public, tokenizer
+from weights.load import PUBLIC_PARTS, check_public, company, llm_tokenizer, load_public, tokenizer
 
 TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
     "align": ["qformer.*"],  # with ln_vision, query tokens, projections, ITM head, temperature
@@ -188,7 +185,6 @@ STAGES = {
     "caption": (encode_caption, caption_losses),
     "generate": (encode_generate, generate_losses),
 }
-READERS = {"fashion200k": Fashion200K, "fashiongen": FashionGen, "fashioniq-cap": FashionIQCap}
 # ToyFashion's weights learned to compare and to draw from short texts; it writes all three styles.
 TOY_PARTS = {"align": ["fashion200k"], "caption": list(READERS), "generate": ["fashion200k"]}
 
@@ -200,7 +196,7 @@ def open_data(names: list[str], stage: str) -> dict[str, Dataset]:
         folders = {name: path}
         if name == "toy":
             world = training.toy_folder(path)
-            folders = {part: toy.part(world, part.removesuffix("-cap")) for part in TOY_PARTS[stage]}
+            folders = {part: in_toy(world, part) for part in TOY_PARTS[stage]}
         for part, folder in folders.items():
             if part in parts:
                 raise UserError(f"--data names {part} twice (toy stands for {', '.join(TOY_PARTS[stage])})")
@@ -392,6 +388,13 @@ def main(argv: list[str] | None = None) -> None:
     begun = [stage for stage in stages if (args.out / stage / "config.json").is_file()]
     if len(stages) > 1 and args.resume and not begun:
         raise UserError(f"nothing to resume: {args.out} holds no run")
+    for stage in (
+        stages if len(stages) > 1 else []
+    ):  # what a later stage lacks is told before the first has trained
+        writes = stage == "caption"
+        (llm_tokenizer if writes else tokenizer)(args.preset, args.weights)
+        check_public(args.preset, args.weights, stage == "generate", writes)
+        open_data(args.data, stage)
     for stage in stages:
         out, resume = args.out, args.resume
         if len(stages) > 1:  # a stage that had not begun when the others were stopped begins now

@@ -38,25 +38,17 @@ from tqdm import tqdm
 from eval.generation import interval, qformer_hash, read_rows
 from eval.metrics.bleu import bleu, counts, words
 from unifashion import Parser, UserError, runs, training
-from unifashion.caption import Caption, room, write_captions
+from unifashion.caption import Caption, check_search, write_captions
 from unifashion.config import PRESETS
 from unifashion.data import toy
-from unifashion.data.fashion200k import Fashion200K
-from unifashion.data.fashiongen import FashionGen
-from unifashion.data.fashioniq import FashionIQCap
-from unifashion.data.texts import caption, detailed, named, professional
+from unifashion.data.readers import READERS, in_toy
+from unifashion.data.texts import WRITERS, named
 from unifashion.data.toy import Garment
 from unifashion.model import UniFashion
 from unifashion.preprocess import qformer_image
 from unifashion.tokenizers import SentencePiece
 from weights.load import llm_tokenizer, load_unifashion
 
-READERS = {"fashion200k": Fashion200K, "fashiongen": FashionGen, "fashioniq-cap": FashionIQCap}
-WRITERS = {
-    "fashion200k": caption,
-    "fashiongen": lambda g, rng: ". ".join(professional(g, rng)),
-    "fashioniq-cap": detailed,
-}
 ATTRIBUTES = tuple(toy.ATTRIBUTES)
 PAPER = {"BLEU-4": 35.53, "METEOR": 29.32, "ROUGE-L": 54.59, "CIDEr": 169.5}  # FashionGen, Table 2
 Said = dict[str, set[str]]  # attribute -> the values that a text names, or that are true
@@ -316,10 +308,6 @@ def check_arguments(args: argparse.Namespace, name: str) -> None:
         )
     if args.samples < 2 or args.batch_size < 1 or args.show < 0:
         raise UserError("--samples must be at least 2, --batch-size at least 1, --show 0 or more")
-    if args.max_tokens < 1 or not 1 <= args.beams <= PRESETS[args.preset].llama.vocab_size // 2:
-        raise UserError(
-            "--max-tokens and --beams must be at least 1, --beams at most half the LLM's vocabulary"
-        )
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}, must be 0 or more")
     if args.out and (args.out.is_dir() or not os.access(args.out.parent, os.W_OK)):
@@ -379,17 +367,13 @@ def main(argv: list[str] | None = None) -> None:
     wanted = args.styles or list(READERS)
     styles = ["fashiongen"] if name == "fashiongen" else [style for style in READERS if style in wanted]
     for style in styles:
-        most = room(PRESETS[args.preset], llm_words, style)
-        if args.max_tokens > most:
-            raise UserError(
-                f"--max-tokens is {args.max_tokens}: beside the prompt of {style} there is room for {most}"
-            )
+        check_search(PRESETS[args.preset], llm_words, style, args.max_tokens, args.beams)
     model = load_unifashion(args.preset, args.weights, device, dtype, draws=False, writes=True)
 
     garments, common, about = None, {}, {}
     if name == "toy":
         world, split = training.toy_folder(path), args.split or "test"
-        folders = {style: toy.part(world, style.removesuffix("-cap"), args.quiet) for style in styles}
+        folders = {style: in_toy(world, style, args.quiet) for style in styles}
         train, rows = read_rows(world, "train"), read_rows(world, split)
         about["toyfashion"] = json.loads((world / "toy.json").read_text())
     else:

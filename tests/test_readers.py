@@ -136,7 +136,7 @@ def test_a_damaged_file_of_fashiongen_is_named(fashiongen_copy, harm):
     path = fashiongen_copy / "fashiongen/fashiongen_256_256_train.h5"
     whole = path.read_bytes()
     path.write_bytes({"cut": whole[:-100], "renamed": b"<html>" * 100, "empty": b""}[harm])
-    with pytest.raises(UserError, match=f"{path}: cut short, or not HDF5"):
+    with pytest.raises(UserError, match=f"{path}: cannot be opened, or cut short, or not HDF5"):
         FashionGen(fashiongen_copy / "fashiongen")
 
 

@@ -1,5 +1,6 @@
 """Pictures -> captions, as `infer.py caption` and `eval.captioning` write them, and the file that keeps them."""
 
+import fcntl
 import json
 import os
 import stat
@@ -32,9 +33,15 @@ def write_captions(
     max_tokens: int = 128,
     beams: int = 1,
 ) -> list[Caption]:
-    """pictures, each (3,224,224), from `preprocess.qformer_image`; style a key of `tokenizers.INSTRUCTIONS`."""
+    """
+    pictures, each (3,224,224), from `preprocess.qformer_image`; style a key of `tokenizers.INSTRUCTIONS`.
+
+    Raises UserError where what the Q-Former says is not finite.
+    """
     before, after = (torch.tensor(ids, device=model.device) for ids in prompt(words, style))
     z, _ = model.qformer(model.see(torch.stack(pictures).to(model.device)))
+    if not z.isfinite().all():
+        raise UserError("the numbers overflow: a file of weights is damaged")
     ids = model.write(z, before, after.expand(len(z), -1), max_tokens, words.eos, beams)
     captions = []
     for row in ids.tolist():
@@ -44,31 +51,46 @@ def write_captions(
     return captions
 
 
-def room(cfg: UniFashionConfig, words: SentencePiece, style: str) -> int:
-    """How many tokens a caption may have: the LLM's context less the prompt."""
+def check_search(
+    cfg: UniFashionConfig, words: SentencePiece, style: str, max_tokens: int, beams: int
+) -> None:
+    """Raise UserError for a style that there is not, and for numbers that `write_captions` cannot take."""
     before, after = prompt(words, style)
-    return cfg.llama.context - len(before) - cfg.qformer.queries - len(after)
+    most = cfg.llama.context - len(before) - cfg.qformer.queries - len(after)
+    if not 1 <= max_tokens <= most:
+        raise UserError(f"--max-tokens is {max_tokens}, must be 1 to {most}: the rest is the prompt's")
+    if not 1 <= beams <= 32:
+        raise UserError(f"--beams is {beams}, must be 1 to 32")
 
 
 class CaptionFile:
     """
-    A file of captions, one JSON object a line: image, style, model, sha256 (of the picture), caption.
+    A file of captions, one JSON object a line: image, style, model, sha256 (of the picture), caption, tokens, whole.
 
     What is written goes to FILE.part first, a batch at a time, so that a run that was killed goes on; `finish` makes FILE.
     Raises UserError for a file that is none, and for one whose captions are by another model.
     """
+
+    FIELDS = dict.fromkeys(("image", "style", "model", "sha256", "caption"), str) | {
+        "tokens": int,
+        "whole": bool,
+    }
 
     def __init__(self, path: Path, model: str) -> None:
         self.path, self.part = path, Path(f"{path}.part")
         for file in (path, self.part, self._new(path)):
             if not self._can_be_written(file):
                 raise UserError(f"{file} cannot be written: --out wants a file in a folder that exists")
+        self.model, self.lock = model, None
+        self._load()
+
+    def _load(self) -> None:
         self.rows: dict[tuple, dict] = {}
-        for file in (path, self.part):
+        for file in (self.path, self.part):
             for row in self.read(file):
-                if row["model"] != model:
+                if row["model"] != self.model:
                     raise UserError(
-                        f"{file} holds captions by {row['model']}, not {model}: give --out another name"
+                        f"{file} holds captions by {row['model']}, not {self.model}: give --out another name"
                     )
                 self.rows[self.key(row)] = row
         # Of .part's bytes, the lines that are whole: what a kill cut short is written over.
@@ -86,7 +108,7 @@ class CaptionFile:
                 continue
             try:
                 row = json.loads(line)
-                if not all(isinstance(row[k], str) for k in ("image", "style", "model", "sha256", "caption")):
+                if not all(isinstance(row[k], kind) for k, kind in self.FIELDS.items()):
                     raise ValueError
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(
@@ -95,20 +117,33 @@ class CaptionFile:
             rows.append(row)
         return rows
 
-    def __contains__(self, row: dict) -> bool:
-        """Whether the picture, unchanged, has a caption of this style."""
-        return self.rows.get(self.key(row), {}).get("sha256") == row["sha256"]
+    def has(self, row: dict, max_tokens: int) -> bool:
+        """Whether the picture, unchanged, has a caption of this style, whole or of as many tokens as it may have."""
+        known = self.rows.get(self.key(row), {})
+        return known.get("sha256") == row["sha256"] and (known["whole"] or known["tokens"] >= max_tokens)
 
     def of(self, row: dict) -> dict:
         return self.rows[self.key(row)]
 
     def add(self, rows: list[dict]) -> None:
+        if self.lock is None:
+            self._begin()
         self.rows |= {self.key(row): row for row in rows}
         data = self._lines(rows)
         with self._naming_errors(), open(self.part, "ab") as file:
             file.truncate(self.whole)
             file.write(data)
         self.whole += len(data)
+
+    def _begin(self) -> None:
+        """From here on no other run writes here; what one has written in the meantime is kept."""
+        with self._naming_errors():
+            self.lock = open(self.part, "ab")  # noqa: SIM115 - it is closed with the process
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.path} is being written by another run") from None
+        self._load()
 
     def finish(self) -> None:
         if self.part.is_file():  # or nothing has been added

@@ -171,7 +171,7 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (...,dim) from `forward` -> (...,vocab_size), in float32 at least: bfloat16 has ties."""
+        """hidden (...,dim) from `forward` -> (...,vocab_size), in float32 at least, as the softmax wants them."""
         logits = self.lm_head(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

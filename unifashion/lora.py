@@ -3,7 +3,7 @@
 y = W x + alpha / rank * B A dropout(x)        A (rank,in) random, B (out,rank) zero: nothing changes before training
 
 inject(llama, cfg)    beside every linear layer of the decoder but lm_head, once the base weights are loaded
-merge, unmerge        B A into W and out again: merged, it costs nothing
+merge, unmerge        B A into W and out again: merged, it costs no time
 """
 
 from collections.abc import Iterator

@@ -2,7 +2,7 @@
 
 RUN/config.json     what was asked
 RUN/metrics.jsonl   one line a log step: the losses, lr, seconds per step
-RUN/samples/        pictures
+RUN/samples/        pictures, or captions
 RUN/losses.png      the curves of metrics.jsonl
 RUN/last/, best/    model.safetensors      everything learned so far, under our module names; EMA where there is one
                     optimizer.safetensors  AdamW's moments, and the raw weights of what has an EMA
@@ -22,8 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unifashion import UserError
-from unifashion.model import HALVES
+from unifashion import UserError, lora
+from unifashion.config import UniFashionConfig
+from unifashion.model import UniFashion
 from unifashion.training import EMA
 
 # What a run that goes on may be asked for anew; all else must be as it was. With other --steps, align's schedule is another
@@ -66,6 +67,11 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
     config = json.loads(json.dumps(config, default=str))
     if before := asked_before(out, resume):
         for name in before.keys() & config.keys() - set(MAY_CHANGE):
+            if name == "company":  # files that a stage does not read may have come since
+                before[name] = {
+                    file: before[name][file] for file in before[name].keys() & config[name].keys()
+                }
+                config[name] = {file: config[name][file] for file in before[name]}
             if before[name] != config[name]:
                 flag, was = name.replace("_", "-"), before[name]
                 raise UserError(f"{out} was started with {flag} {was}, not {config[name]}: repeat its flags")
@@ -274,11 +280,11 @@ def load_learned(model: nn.Module, path: Path) -> list[str]:
     except Exception as error:  # safetensors raises its own type for a truncated file
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None
     own = model.state_dict()
-    absent = {part for half in HALVES.values() for part in half} - {part_of(k) for k in own}
-    carried = {k: v for k, v in tensors.items() if part_of(k) in absent} if hasattr(model, "carried") else {}
-    tensors = {k: v for k, v in tensors.items() if k not in carried}
-    modules = sorted({part_of(k) for k in tensors})
-    wanted = [k for k in own if part_of(k) in modules]
+    here = {part_of(k) for k in own}
+    if isinstance(model, UniFashion) and any(part_of(k) not in here for k in tensors):
+        own |= {k: v for k, v in _whole(model.cfg).items() if part_of(k) not in {*here, "llama"}}
+    parts = {part_of(k) for k in tensors}
+    wanted = [k for k in own if part_of(k) in parts]
     for k, v in tensors.items():
         if k not in own:
             raise UserError(f"{path}: {k} is not a tensor of this preset's model")
@@ -293,10 +299,19 @@ def load_learned(model: nn.Module, path: Path) -> list[str]:
         raise UserError(f"{path}: {missing[0]} is missing")
     with torch.no_grad():
         for k, v in tensors.items():
-            own[k].copy_(v)
-    if carried:
-        model.carried = carried
-    return modules
+            if part_of(k) in here:
+                own[k].copy_(v)
+    if parts - here:
+        model.carried = {k: v for k, v in tensors.items() if part_of(k) not in here}
+    return sorted(parts & here)
+
+
+def _whole(cfg: UniFashionConfig) -> dict[str, Tensor]:
+    """Names and shapes of all that a model may have."""
+    with torch.device("meta"):
+        model = UniFashion(cfg, draws=True, writes=True)
+        lora.inject(model.llama, cfg.lora)
+    return model.state_dict()
 
 
 def git_commit() -> str:

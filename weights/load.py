@@ -104,14 +104,20 @@ def llm_tokenizer(preset: str, folder: Path | None = None) -> SentencePiece:
         folder = wanted(preset, folder, *LLMS)
     path = folder / WORDS[preset]
     if not path.is_file():
-        source = (
-            f"it is published beside the weights in {folder.name}" if preset == "full" else "as the tiny LLM"
-        )
+        source = "it is published beside the weights" if preset == "full" else "it is part of the repository"
         raise UserError(f"{path} is missing: {source}")
     words, rows = SentencePiece(path), PRESETS[preset].llama.vocab_size
     if len(words) != rows:
         raise UserError(f"{path} does not fit the preset {preset}: {len(words)} pieces, {rows} in the LLM")
     return words
+
+
+def check_public(preset: str, folder: Path | None, draws: bool, writes: bool) -> None:
+    """Raise UserError if a file is missing that `load_public` would read."""
+    folder, model = folder_of(preset, folder), _blank(preset, draws, writes)
+    if preset == "full" and draws:
+        wanted(preset, folder, *TRYON)
+    _public_files(preset, folder, [part for part in PUBLIC_PARTS[preset] if hasattr(model, part)])
 
 
 def load_public(
@@ -183,6 +189,9 @@ def load_unifashion(
     own = {k: v for k, v in learned.items() if part_of(k) not in {*absent, "lora"}}
     adapter = {k.removeprefix("llama."): v for k, v in learned.items() if part_of(k) == "lora"}
     del learned
+    for name, tensor in (own | adapter).items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} is not finite: the run that wrote it diverged, or it is damaged")
     if draws:
         parts.register_parameter("null_context", model.null_context)
     with _naming(path, preset):

@@ -47,6 +47,8 @@ class FashionGen:
             if missing:
                 raise UserError(f"{self.file} lacks {', '.join(f'input_{key}' for key in missing)}")
             pictures = file["input_image"]
+            if not hasattr(pictures, "dtype"):
+                raise UserError(f"{self.file}: input_image is a group, not pictures")
             if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3:
                 raise UserError(
                     f"{self.file}: input_image is {pictures.dtype}{pictures.shape}, not uint8 (N,S,S,3)"
@@ -65,6 +67,7 @@ class FashionGen:
         row = range(len(self))[index]
         # A file that was opened before a fork must not be read after it: each process opens its own.
         if self.opened is None or self.opened[0] != os.getpid():
+            self.opened = None  # closed first: HDF5 would give back what is open already
             self.opened = (os.getpid(), self.open())
         try:
             pixels = self.opened[1]["input_image"][row]
@@ -88,7 +91,7 @@ class FashionGen:
         try:
             return h5py.File(self.file, "r")
         except OSError as error:
-            raise UserError(f"{self.file}: cut short, or not HDF5 ({error})") from None
+            raise UserError(f"{self.file}: cannot be opened, or cut short, or not HDF5 ({error})") from None
 
     def strings(self, column) -> list[str]:
         """A dataset (N,1) or (N,) of bytes or numbers as N texts: without mark-up (<br>), white space made single blanks."""

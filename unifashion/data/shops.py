@@ -147,7 +147,7 @@ def part(root: str | Path, name: str, quiet: bool = False, workers: int = 2) -> 
     Raises UserError if h5py is missing for fashiongen, or `root` holds no world or cannot be written to.
     """
     root = Path(root)
-    if (root / name).is_dir():
+    if (root / name).is_dir() or name not in PARTS:  # the readers of the others say what they lack
         return root / name
     if not (root / "toy.json").is_file():
         raise UserError(f"{root} holds no ToyFashion: python -m unifashion.data.toy --out {root} draws it")
@@ -173,7 +173,7 @@ def part(root: str | Path, name: str, quiet: bool = False, workers: int = 2) -> 
 
             write(temporary, settings, garments, draw)
         temporary.rename(root / name)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if not (root / name).is_dir():  # else another process was faster
             raise UserError(f"{root / name} cannot be made: {error}") from None
     finally:

@@ -294,6 +294,13 @@ def detailed(g: Garment, rng: np.random.Generator) -> str:
     )
 
 
+# Style -> a caption of a garment
+WRITERS = {
+    "fashion200k": caption,
+    "fashiongen": lambda g, rng: ". ".join(professional(g, rng)),
+    "fashioniq-cap": detailed,
+}
+
 # What a text says
 
 

@@ -11,6 +11,7 @@ import infer
 import train_phase1
 import train_phase2
 from unifashion.data import toy
+from unifashion.data.texts import named
 from weights.load import load_unifashion
 from weights.tiny import pretrain
 
@@ -29,15 +30,23 @@ def test_every_block_is_run_by_a_test_or_by_ci():
 
 
 @pytest.mark.parametrize("line", [*BLOCKS["try-on"], *BLOCKS["use"]])
-def test_a_try_on_command_makes_its_picture(line, tmp_path, monkeypatch):
+def test_a_command_makes_its_picture_or_its_caption(line, tmp_path, monkeypatch, capsys):
     *_, command, arguments = re.split(r"(?:^|&& )\.venv/bin/python (\S+)", line)
     assert command == "infer.py"
     monkeypatch.chdir(ROOT)
     words = shlex.split(arguments)
+    if "--out" not in words:
+        assert infer.main([*words, "--quiet"]) == 0
+        return check_caption(capsys.readouterr().out)
     out = tmp_path / words[words.index("--out") + 1]
     words[words.index("--out") + 1] = str(out)
     assert infer.main([*words, "--quiet"]) == 0
     assert out.exists()
+
+
+def check_caption(told: str) -> None:
+    """Of docs/cloth.png, in the short style."""
+    assert named(told, "fashion200k")["colour"], told
 
 
 @pytest.mark.slow
@@ -54,3 +63,4 @@ def test_the_training_commands_follow_one_another(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "HERE", tmp_path / "tiny")
     pretrain.main(shlex.split(ship.removeprefix(".venv/bin/python -m weights.tiny.pretrain ")))
     load_unifashion("tiny", tmp_path / "tiny")
+    load_unifashion("tiny", tmp_path / "tiny", draws=False, writes=True)

@@ -1,21 +1,29 @@
-"""Train the stand-ins for what FULL downloads: the VAE, the ViT, and the Q-Former's vocabulary, all on ToyFashion.
+"""Train the stand-ins for what FULL downloads, all on ToyFashion: the VAE, the ViT, the LLM, and both tokenizers.
 
-    python -m weights.tiny.pretrain vocab|vae|vit --data data/toy    writes over its file in weights/tiny/
-    python -m weights.tiny.pretrain ship --init runs/tryon      the best of a run -> weights/tiny/model.safetensors, losses.png
+    python -m weights.tiny.pretrain vocab|words|vae|vit|llama --data data/toy    writes over its file in weights/tiny/
+    python -m weights.tiny.pretrain ship --init runs/caption    the best of a run -> weights/tiny/model.safetensors, losses.png
 
-model.safetensors knows which ViT, VAE and vocabulary it was trained with, and is not loaded beside others: it then has to be
+model.safetensors knows which ViT, VAE, LLM and vocabularies it was trained with, and is not loaded beside others: it then has to be
 trained anew. --out, runs/PART if not given, holds checkpoints and curves.
 
 The VAE learns to give pictures back: |x - x'| + 5 (x - x')^2 + half of |grad x - grad x'|, all means, + 2e-7 KL, a sum per
 picture. The ViT, which stands in for EVA-CLIP, learns to name a garment's attributes from its photograph (several views) and
 its shape from its sketch; its heads are thrown away. Only the training split is read.
+
+The LLM, which stands in for Vicuna, reads text alone: captions of all three styles, each after its instruction, of garments
+whose combinations of attributes are training's. Where a picture will be stand the garment's attributes in words, some or
+all: as Vicuna does, it can tell what it is told. `words` makes its tokenizer of the same texts.
 """
 
 import argparse
+import io
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import sentencepiece
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -28,14 +36,20 @@ from unifashion.config import TINY
 from unifashion.data import open_image, toy
 from unifashion.data.fashion200k import Fashion200K
 from unifashion.data.mgd import MGD
+from unifashion.data.texts import WRITERS
+from unifashion.llama import Llama
 from unifashion.preprocess import qformer_image, unet_image
-from unifashion.tokenizers import build_vocab
+from unifashion.tokenizers import INSTRUCTIONS, SentencePiece, build_vocab
 from unifashion.vae import VAE, kl_divergence
 from unifashion.vit import ViT
 from weights.load import check_finished, company
 
 HERE = Path(__file__).parent
-DEFAULTS = {"vae": {"steps": 5000, "batch": 16, "lr": 1e-3}, "vit": {"steps": 2000, "batch": 32, "lr": 1e-3}}
+DEFAULTS = {
+    "vae": {"steps": 5000, "batch": 16, "lr": 1e-3},
+    "vit": {"steps": 2000, "batch": 32, "lr": 1e-3},
+    "llama": {"steps": 3000, "batch": 32, "lr": 2e-3},
+}
 FOLDERS = {
     "image": "jpg",
     "agnostic-v3.2": "jpg",
@@ -91,6 +105,46 @@ class Attributes(Dataset):
         return {"picture": picture} | {k: torch.tensor(v) for k, v in labels.items()}
 
 
+def chat(i: int) -> str:
+    """Text i: notes on a garment whose attributes training may combine, an instruction, and its answer, a caption."""
+    rng = np.random.default_rng([0, i])
+    g, style = toy.sample_garment(rng, "train"), list(INSTRUCTIONS)[i % len(INSTRUCTIONS)]
+    facts = [
+        f"{name} {value}" for name, value in asdict(g).items() if name != "second" or g.pattern != "plain"
+    ]
+    notes = ", ".join(
+        facts[k] for k in rng.permutation(len(facts))[: rng.integers(len(facts) // 2, len(facts) + 1)]
+    )
+    return f"USER: <Img>{notes}</Img>{INSTRUCTIONS[style]} Assistant: {WRITERS[style](g, rng)}"
+
+
+class Texts(Dataset):
+    """As many texts as are asked for: ids (t,) with <s> and </s>, and which of them are to be predicted."""
+
+    def __init__(self, words: SentencePiece, n: int) -> None:
+        self.words, self.n = words, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        text = [*self.words.encode(chat(i)), self.words.eos][: TINY.max_caption + 64]
+        ids = torch.full((TINY.max_caption + 64,), self.words.eos)
+        ids[: len(text)] = torch.tensor(text)
+        return {"ids": ids, "answer": (torch.arange(len(ids)) < len(text)) & (torch.arange(len(ids)) > 0)}
+
+
+class Writer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.llama = Llama(TINY.llama)
+
+    def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        ids, known = batch["ids"], batch["answer"][:, 1:]
+        logits = self.llama.logits(self.llama(self.llama.embed(ids[:, :-1])))
+        return {"words": F.cross_entropy(logits[known], ids[:, 1:][known])}
+
+
 class Namer(nn.Module):
     """The ViT with a linear head for each attribute."""
 
@@ -132,8 +186,12 @@ def train(
     part: str, root: Path, out: Path, steps: int, batch: int, lr: float, args: argparse.Namespace
 ) -> None:
     torch.manual_seed(0)
-    model: nn.Module = Copier() if part == "vae" else Namer()
-    samples: Dataset = Pictures(root, crop=(64, 48)) if part == "vae" else Attributes(root)
+    model: nn.Module = {"vae": Copier, "vit": Namer, "llama": Writer}[part]()
+    samples: Dataset
+    if part == "llama":
+        samples = Texts(SentencePiece(HERE / "llama_tokenizer.model"), steps * batch)
+    else:
+        samples = Pictures(root, crop=(64, 48)) if part == "vae" else Attributes(root)
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
     runs.check_out(out, args.resume)
@@ -205,16 +263,39 @@ def write_vocab(root: Path) -> None:
     print(f"wrote {path}: {len(vocab)} pieces; the preset's vocab_size is {TINY.qformer.vocab_size}")
 
 
+def write_words() -> None:
+    """Llama's kind of tokenizer: BPE with byte fallback, nothing normalised; ids of <unk>, <s>, </s> 0, 1, 2."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=map(chat, range(30_000)),
+        model_writer=model,
+        vocab_size=TINY.llama.vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=1,
+        num_threads=1,  # the same file every time
+    )
+    path = HERE / "llama_tokenizer.model"
+    new = path.with_suffix(".new")
+    new.write_bytes(model.getvalue())
+    new.replace(path)
+    lengths = [len(SentencePiece(path).encode(chat(i))) for i in range(300)]
+    print(f"wrote {path}: {len(SentencePiece(path))} pieces; a text has {max(lengths)} tokens at most")
+
+
 def _read_config(run: Path) -> dict:
     return json.loads((run / "config.json").read_text())
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("part", choices=["vocab", "vae", "vit", "ship"])
+    parser.add_argument("part", choices=["vocab", "words", "vae", "vit", "llama", "ship"])
     parser.add_argument("--data", type=Path, default=Path("data/toy"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--init", type=Path, default=Path("runs/tryon"), help="the run to ship")
+    parser.add_argument("--init", type=Path, default=Path("runs/caption"), help="the run to ship")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch-size", type=int)
@@ -226,20 +307,23 @@ def main(argv: list[str] | None = None) -> None:
     if args.part == "ship":
         best = args.init / "best" / "model.safetensors"
         if not best.is_file():
-            raise UserError(f"{best} is missing: --init wants the run folder of train_phase2.py")
+            raise UserError(f"{best} is missing: --init wants the folder of the last run")
         beside = company("tiny", HERE)
         config = _read_config(args.init)
         for name, digest in beside.items():
             if config["company"].get(name) != digest:
                 raise UserError(f"{args.init} was trained with another {name} than {HERE / name}")
         learned = load_file(best)
-        check_finished(best, learned, "tiny")
+        check_finished(best, learned, "tiny", writes=True)
         stages = [args.init]  # and what it started from, and what that started from, as far as they are here
         while before := _read_config(stages[0])["init"]:
-            if not (Path(before) / "config.json").is_file():
+            before = Path(before).parent if Path(before).name in ("best", "last") else Path(before)
+            if before.resolve() == HERE.resolve():  # what was shipped before
+                before = args.init.with_name("tryon")
+            if not (before / "config.json").is_file():
                 break
-            stages.insert(0, Path(before))
-        frozen = [run for run in map(args.init.with_name, ("vae", "vit")) if run.is_dir()]
+            stages.insert(0, before)
+        frozen = [run for run in map(args.init.with_name, ("vae", "vit", "llama")) if run.is_dir()]
         runs.draw_curves([*frozen, *stages], HERE / "losses.png")
         return save_half(learned, HERE / "model.safetensors", beside)
     if args.workers < 0:
@@ -250,6 +334,8 @@ def main(argv: list[str] | None = None) -> None:
     root = training.toy_folder(args.data)
     if args.part == "vocab":
         return write_vocab(root)
+    if args.part == "words":
+        return write_words()
     d = DEFAULTS[args.part]
     out = args.out or Path("runs") / args.part
     train(args.part, root, out, args.steps or d["steps"], args.batch_size or d["batch"], d["lr"], args)

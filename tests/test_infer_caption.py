@@ -202,9 +202,7 @@ def test_json_is_one_object_on_stdout(run: Run, room: Path):
     out, err = run("b.png", "a.png", "--json", "--style", "fashion200k")
     assert out.count("\n") == 1 and out.isascii() and "tokens in" not in err
     report = json.loads(out)
-    assert [list(row) for row in report["captions"]] == [
-        KEYS
-    ] * 2
+    assert [list(row) for row in report["captions"]] == [KEYS] * 2
     for row, name in zip(report["captions"], ("b.png", "a.png"), strict=True):
         assert row["image"] == name and row["style"] == "fashion200k"
         assert row["model"] == "unifashion tiny " + digest(room / "weights" / "model.safetensors")[:12]
@@ -325,7 +323,9 @@ def test_two_runs_at_once_do_not_write_over_one_another(room: Path):
     late = CaptionFile(room / "both.jsonl", "m")
     second.lock.close()
     second.lock = None
-    second.add([{"image": "b", **row}])  # it began before the first had ended, and keeps what that has written
+    second.add(
+        [{"image": "b", **row}]
+    )  # it began before the first had ended, and keeps what that has written
     second.finish()
     second.lock.close()
     assert late.rows.keys() < CaptionFile(room / "both.jsonl", "m").rows.keys() == {("a", "s"), ("b", "s")}

@@ -405,7 +405,9 @@ def test_a_tokenizer_must_be_there_and_have_a_row_for_each_piece(
         ):
             llm_tokenizer("full", folder)
     (llm / "tokenizer.model").unlink()
-    with pytest.raises(UserError, match=rf"^{llm}/tokenizer.model is missing: it is published beside the weights$"):
+    with pytest.raises(
+        UserError, match=rf"^{llm}/tokenizer.model is missing: it is published beside the weights$"
+    ):
         llm_tokenizer("full", folder)
     assert len(llm_tokenizer("tiny")) == PRESETS["tiny"].llama.vocab_size
     (folder / "llama_tokenizer.model").write_bytes(b"no tokenizer")

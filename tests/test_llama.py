@@ -432,7 +432,7 @@ CODE_FAULTS = {
     "a step's slot not counted": ("greedy", "Steps.take", "self.slot += 1", "pass"),
     "steps from the prompt's last slot": ("greedy", "Steps.__init__", "self.llama, self.slot = llama, t", "self.llama, self.slot = llama, t - 1"),
     "beams keep their own past": ("beams", "Steps.take", "self.cache.pick(rows)", "pass"),
-    "values keep their own past": ("beams", "KVCache.pick", "self.v.copy_(self.v[:, rows])", "pass"),
+    "values keep their own past": ("beams", "KVCache.pick", "(*self.k, *self.v):", "self.k:"),
 }  # fmt: skip
 
 SEARCH_FAULTS = {  # in `beam_search`

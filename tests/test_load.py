@@ -339,6 +339,21 @@ def test_what_cannot_write_yet_is_told_by_name(source: UniFashion, writer: UniFa
         load_unifashion("full", folder)
 
 
+@pytest.mark.parametrize("name", ["llama.layers.0.attn.q.lora_b", "text_adapter.bias"])
+def test_weights_that_are_not_finite_are_refused(
+    name: str, source: UniFashion, writer: UniFashion, folder: Path
+):
+    write_llm(writer, folder / VICUNA, LLAMA)
+    write_learned([source, writer], folder, (*LEARNED, *WRITES))
+    path = folder / "unifashion/model.safetensors"
+    tensors = load_file(path)
+    assert name in tensors
+    tensors[name][..., 0] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=rf"^{path}: {name} is not finite: [^\n]*$"):
+        load_unifashion("full", folder, draws=False, writes=True)
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "told"),
     [

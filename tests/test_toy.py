@@ -422,6 +422,17 @@ def test_a_killed_drawing_leaves_nothing_under_the_final_name(world, tmp_path):
     assert made == wanted
 
 
+def test_a_part_that_is_not_drawn_here_is_left_to_its_reader(tmp_path):
+    assert toy.part(tmp_path, "fashion200k") == tmp_path / "fashion200k"
+
+
+def test_a_world_whose_truth_is_cut_short_is_one_line(world, tmp_path):
+    old = copy_without_parts(world, tmp_path)
+    (old / "toy.json").write_text('{"version": 1, "se')
+    with pytest.raises(UserError, match=r"fashioniq cannot be made: [^\n]+$"):
+        toy.part(old, "fashioniq", quiet=True)
+
+
 def test_a_part_wants_a_world_and_names_what_stops_it(world, tmp_path):
     with pytest.raises(UserError, match="holds no ToyFashion"):
         toy.part(tmp_path, "fashioniq")

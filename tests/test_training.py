@@ -379,6 +379,38 @@ def test_what_was_learned_to_write_is_carried_through_what_cannot_write(stage, p
     assert again.keys() == later.keys()
 
 
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (
+            lambda t: t.update({"unet.bogus": torch.ones(2)}),
+            "unet.bogus is not a tensor of this preset's model",
+        ),
+        (lambda t: t["unet.conv_out.weight"].fill_(float("nan")), "unet.conv_out.weight is not finite"),
+        (lambda t: t.pop("unet.conv_out.weight"), "unet.conv_out.weight is missing"),
+        (lambda t: t.update({"unet.conv_out.bias": torch.ones(7)}), "unet.conv_out.bias has shape"),
+    ],
+    ids=["unknown", "not finite", "missing", "another shape"],
+)
+def test_what_is_only_carried_is_looked_at_all_the_same(harm, told, place):
+    run("generate", place, "draws", "--steps", "1")
+    tensors = load_file(place / "draws/last/model.safetensors")
+    harm(tensors)
+    save_file(tensors, place / "harmed.safetensors")
+    with pytest.raises(UserError, match=told):
+        run("caption", place, "writes", "--steps", "1", "--init", str(place / "harmed.safetensors"))
+    assert not (place / "writes").exists()
+
+
+def test_what_a_later_stage_lacks_is_told_before_the_first_has_trained(place):
+    shutil.copytree(place / "weights", place / "own")
+    (place / "own/llama.safetensors").unlink()
+    data = ["--data", f"toy={place / 'toy'}", "--preset", "tiny", "--weights", str(place / "own")]
+    with pytest.raises(UserError, match="llama.safetensors is missing"):
+        train_phase1.main([*data, "--out", str(place / "all"), "--workers", "0"])
+    assert not (place / "all").exists()
+
+
 def test_layers_that_are_computed_again_learn_the_same(place, monkeypatch):
     """As FULL does, with dropout: its preset is DROPPING here, and its files are tiny's."""
     monkeypatch.setitem(PRESETS, "tiny", DROPPING)

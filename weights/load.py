@@ -186,12 +186,13 @@ def load_unifashion(
     absent = {
         part for half, have in (("draws", draws), ("writes", writes)) if not have for part in HALVES[half]
     }
-    own = {k: v for k, v in learned.items() if part_of(k) not in {*absent, "lora"}}
-    adapter = {k.removeprefix("llama."): v for k, v in learned.items() if part_of(k) == "lora"}
-    del learned
-    for name, tensor in (own | adapter).items():
+    learned = {k: v for k, v in learned.items() if part_of(k) not in absent}
+    for name, tensor in learned.items():
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} is not finite: the run that wrote it diverged, or it is damaged")
+    own = {k: v for k, v in learned.items() if part_of(k) != "lora"}
+    adapter = {k.removeprefix("llama."): v for k, v in learned.items() if part_of(k) == "lora"}
+    del learned
     if draws:
         parts.register_parameter("null_context", model.null_context)
     with _naming(path, preset):

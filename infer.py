@@ -4,7 +4,8 @@
     python infer.py tryon --person person.jpg --sketch sketch.png --text "red, long sleeves, v-neck" --out out.png
     python infer.py caption --image cloth.jpg another.jpg --style fashion200k
 
-Exit codes: 0 done; 2 the input is wrong: one line says what, and nothing is written; 130 stopped by Ctrl-C; 1 a bug.
+Exit codes: 0 done; 2 the input is wrong: one line says what, and nothing is written (of many
+captions, those that were done are kept beside --out, for the next run); 130 stopped by Ctrl-C; 1 a bug.
 What needs torch is imported where it is used, so that `--help` and a mistyped flag answer at once.
 """
 

@@ -14,7 +14,8 @@ Ours gets its context as keys and values, as in sampling, where they are made on
 mean something. "CPU s" is what all threads of this process worked: on a CPU that others use too it says more than time on
 the clock; on CUDA it is the cost of starting the kernels.
 
-    python -m eval.speed [--repeats 5] [--device cpu]
+A caption: 64 tokens, greedily, after a prompt of 64 embeddings, by a Llama of 12 layers and width 1024 with the same random
+weights in both, in batches of 1 and 8; in float32, on CUDA in bfloat16. In float32 both have to write the same tokens.
 """
 
 import platform

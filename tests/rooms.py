@@ -1,7 +1,10 @@
 """A folder to stand in for tests of infer.py: pictures, the weights of a small random model, and the command itself."""
 
+import io
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,14 @@ from unifashion.vae import VAEConfig
 from unifashion.vit import ViTConfig
 
 ROOT = Path(infer.__file__).parent
+BAD_FILES = {
+    "absent.png": "no such file",
+    "folder.png": "not a file",
+    "empty.png": "the file is empty",
+    "letter.png": "not an image",
+    "cut.jpg": "cannot be read as an image",
+    "bomb.png": "more than 178 megapixels",
+}
 # Small enough that a try-on takes a third of a second, and of the tiny preset's kind: 3:4, every part there.
 SMALL = UniFashionConfig(
     vit=ViTConfig(image_size=(28, 28), patch_size=14, dim=32, depth=2, heads=4, mlp_dim=48),
@@ -106,3 +117,16 @@ def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         assert (image.format, image.mode) == ("PNG", "RGB")
         return np.array(image)
+
+
+def write_bad_files(room: Path) -> None:
+    """What BAD_FILES names, and whole.png, in the room."""
+    (room / "folder.png").mkdir()
+    (room / "empty.png").touch()
+    (room / "letter.png").write_text("Dear Sir or Madam")
+    jpeg = io.BytesIO()
+    photo(room / "whole.png", (90, 120), 1).save(jpeg, "JPEG")
+    (room / "cut.jpg").write_bytes(jpeg.getvalue()[: len(jpeg.getvalue()) // 2])
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (room / "bomb.png").write_bytes(start + struct.pack(">I", 9) + b"IDAT")

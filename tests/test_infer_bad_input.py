@@ -1,10 +1,7 @@
 """Bad input of `infer.py tryon`: exit code 2, one line that says what, nothing written, no weights loaded for it."""
 
-import io
 import shlex
 import shutil
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
@@ -13,17 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import infer
-from tests.rooms import SMALL, command, ellipse, furnish, photo, write_weights
+from tests.rooms import BAD_FILES, SMALL, command, ellipse, furnish, write_bad_files, write_weights
 from weights import load
 
-BAD_FILES = {
-    "absent.png": "no such file",
-    "folder.png": "not a file",
-    "empty.png": "the file is empty",
-    "letter.png": "not an image",
-    "cut.jpg": "cannot be read as an image",
-    "bomb.png": "more than 178 megapixels",
-}
 BAD = {
     "neither cloth nor sketch": ("--person person.png --out out.png", "one of the arguments --cloth --sketch is required"),
     "both cloth and sketch": ("OK --sketch cloth.png", "argument --sketch: not allowed with argument --cloth"),
@@ -165,16 +154,8 @@ def bad(room: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ellipse(room / "mask.png", (90, 120))
     for name, size, level in (("wide", (130, 120), 255), ("black", (90, 120), 0), ("white", (90, 120), 255)):
         Image.new("L", size, level).save(room / f"{name}.png")
-    (room / "folder.png").mkdir()
+    write_bad_files(room)
     (room / "f-1.png").mkdir()
-    (room / "empty.png").touch()
-    (room / "letter.png").write_text("Dear Sir or Madam")
-    jpeg = io.BytesIO()
-    photo(room / "whole.png", (90, 120), 1).save(jpeg, "JPEG")
-    (room / "cut.jpg").write_bytes(jpeg.getvalue()[: len(jpeg.getvalue()) // 2])
-    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    (room / "bomb.png").write_bytes(start + struct.pack(">I", 9) + b"IDAT")
     return room
 
 

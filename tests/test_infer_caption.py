@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import infer
 import unifashion.caption
 from tests.parity import randomise
-from tests.rooms import ROOT, SMALL, photo
+from tests.rooms import BAD_FILES, ROOT, SMALL, photo, write_bad_files
 from unifashion import UserError, lora, runs
 from unifashion.caption import Caption, CaptionFile
 from unifashion.config import PRESETS, TINY, UniFashionConfig
@@ -488,14 +487,6 @@ sys.exit(infer.main([*sys.argv[1:], sys.argv[-1] + "’"]))
 
 # Bad input
 
-BAD_FILES = {
-    "absent.png": "no such file",
-    "folder.png": "not a file",
-    "empty.png": "the file is empty",
-    "letter.png": "not an image",
-    "cut.jpg": "cannot be read as an image",
-    "bomb.png": "more than 178 megapixels",
-}
 NOT_CAPTIONS = {
     "a letter": b"Dear Sir or Madam\n",
     "JSON of another kind": b'{"loss": 1.5}\n',
@@ -867,15 +858,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 def bad(room: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The room, with everything in it that can be wrong; and a loader of weights that must not be called."""
     not_loaded(monkeypatch)
-    (room / "folder.png").mkdir()
+    write_bad_files(room)
     (room / "whole.part").mkdir()
-    (room / "empty.png").touch()
-    (room / "letter.png").write_text("Dear Sir or Madam")
     (room / "begun.jsonl.part").write_text('{"image": "a.png", "sty')  # of a run that was killed
-    jpeg = io.BytesIO()
-    photo(room / "whole.png", (90, 120), 1).save(jpeg, "JPEG")
-    (room / "cut.jpg").write_bytes(jpeg.getvalue()[: len(jpeg.getvalue()) // 2])
-    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    (room / "bomb.png").write_bytes(start + struct.pack(">I", 9) + b"IDAT")
     return room

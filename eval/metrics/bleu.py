@@ -48,7 +48,7 @@ def counts(caption: list[str], references: list[list[str]]) -> np.ndarray:
 
 
 def ngrams(sentence: list[str], n: int) -> Counter:
-    return Counter(zip(*(sentence[i:] for i in range(n)), strict=False))
+    return Counter(tuple(sentence[i : i + n]) for i in range(len(sentence) - n + 1))
 
 
 def bleu(counted: np.ndarray) -> np.ndarray:

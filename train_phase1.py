@@ -211,6 +211,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
     }
     encode, loss_of = STAGES[stage]
     device = training.pick_device(args.device)
+    training.plain_attention(device, args.dtype)
     runs.check_out(out, resume)
     before = runs.asked_before(out, resume)
     init = init or before.get("init")
@@ -241,10 +242,12 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         )
     parameters = training.set_trainable(model, TRAINABLE[stage])
     training.train_mode(model, parameters)
-    # A temperature that follows a large learning rate sharpens ITC until ITM's gradient is lost beside it.
-    slow = [p for name, p in parameters.items() if name == "qformer.temp"]
-    rest = [p for name, p in parameters.items() if name != "qformer.temp"]
-    groups = [{"params": rest, "peak": hparams["lr"]}, {"params": slow, "peak": min(hparams["lr"], 2e-5)}]
+    # A temperature that follows a large rate sharpens ITC until ITM's gradient is lost beside it. Soft prompts start as what
+    # the LLM can read, and the rate that LoRA needs would stir that: a tenth, as LLaVA gives its projector beside LoRA.
+    lr = hparams["lr"]
+    slower = {"qformer.temp": min(lr, 2e-5), "text_adapter.weight": lr / 10, "text_adapter.bias": lr / 10}
+    groups = [{"params": [p], "peak": slower[name]} for name, p in parameters.items() if name in slower]
+    groups = [{"params": [p for name, p in parameters.items() if name not in slower], "peak": lr}, *groups]
     optimizer = torch.optim.AdamW(
         groups, lr=hparams["lr"], betas=hparams["betas"], weight_decay=hparams["weight_decay"]
     )
@@ -271,8 +274,8 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         few = training.batch_order(len(train_set), size, args.seed, 0, 8)
         with training.autocast(device, args.dtype):
             z = torch.cat([batch["z"] for batch in feed(train_set, few, False)])
-        if writes:  # soft prompts as large as words
-            start_adapter(model.text_adapter, z, float(model.llama.embed.weight.float().std()))
+        if writes:  # soft prompts as large as words, in which small differences, too, are heard
+            start_adapter(model.text_adapter, z, float(model.llama.embed.weight.float().std()), floor=1e-4)
         else:
             start_adapter(model.image_adapter, z)
     ema = training.EMA(parameters) if stage == "generate" else None

@@ -134,6 +134,11 @@ def test_the_adapter_starts_with_what_tells_pictures_apart():
     torch.testing.assert_close(out.mean(0), torch.zeros(dim), atol=1e-3, rtol=0)
     spread = torch.linalg.eigvalsh(out.T @ out / len(out))
     assert spread.max() < 1.0 and spread.min() > 0.3  # was 1 : 100 and more
+    start_adapter(
+        model.image_adapter, z, floor=1e-4
+    )  # variances from 1/19 to 5 times their mean: all are made one
+    spread = torch.linalg.eigvalsh((out := model.image_adapter(z).detach().flatten(0, 1)).T @ out / len(out))
+    assert spread.max() < 1.0 and spread.min() > 0.95
     start_adapter(model.image_adapter, z * 0 + 1)  # all the same: nothing is blown up, nothing is nan
     assert model.image_adapter(z * 0 + 1).abs().max() < 1e-2
 

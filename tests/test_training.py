@@ -454,7 +454,9 @@ def test_a_text_adapter_that_nothing_has_trained_starts_from_its_data_and_a_trai
     place, monkeypatch
 ):
     started, real = [], train_phase1.start_adapter
-    monkeypatch.setattr(train_phase1, "start_adapter", lambda *a: (started.append(a), real(*a))[1])
+    monkeypatch.setattr(
+        train_phase1, "start_adapter", lambda *a, **kw: (started.append(a), real(*a, **kw))[1]
+    )
     run("caption", place, "new", "--steps", "1", "--lr", "1e-9")
     [(adapter, z, std)] = started
     words = load_file(place / "weights/llama.safetensors")["embed.weight"]
@@ -737,17 +739,30 @@ def test_the_learning_rate_rises_then_falls_as_half_a_cosine():
     assert values == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.5, 0.5 * (1 - 0.5**0.5), 0.0])
 
 
-def test_the_temperature_learns_at_the_official_rate_however_fast_the_rest(place, monkeypatch):
-    groups = []
-    born = torch.optim.AdamW.__init__
+@pytest.fixture
+def groups(monkeypatch) -> list[dict]:
+    """The parameter groups of the optimisers that are made."""
+    groups, born = [], torch.optim.AdamW.__init__
 
     def noted(optimizer, given, **kw):
         born(optimizer, given, **kw)
         groups.extend(optimizer.param_groups)
 
     monkeypatch.setattr(torch.optim.AdamW, "__init__", noted)
+    return groups
+
+
+def test_the_temperature_learns_at_the_official_rate_however_fast_the_rest(place, groups):
     run("align", place, "rates", "--steps", "1", "--lr", "0.01")
     assert [(len(g["params"]) == 1, g["peak"]) for g in groups] == [(False, 0.01), (True, 2e-5)]
+
+
+def test_the_text_adapter_learns_at_a_tenth_of_the_rate_of_lora(place, groups):
+    run("caption", place, "rates of caption", "--steps", "1", "--lr", "0.01")
+    shapes = [{tuple(p.shape) for p in g["params"]} for g in groups]
+    wide, dim = TINY.llama.dim, TINY.qformer.dim
+    assert shapes[1:] == [{(wide, dim)}, {(wide,)}] and len(groups[0]["params"]) == 2 * 7 * TINY.llama.depth
+    assert [g["peak"] for g in groups] == [0.01, 0.001, 0.001]
 
 
 @pytest.mark.parametrize(

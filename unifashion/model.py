@@ -211,20 +211,20 @@ class UniFashion(nn.Module):
 
 
 @torch.no_grad()
-def start_adapter(adapter: nn.Linear, z: Tensor, std: float = 1.0) -> None:
+def start_adapter(adapter: nn.Linear, z: Tensor, std: float = 1.0, floor: float = 0.01) -> None:
     """
     Initialise an adapter so that over z (b,q,dim), some outputs of the Q-Former, it whitens: mean 0, variance std^2.
 
     Nearly all of Z is the same for every picture (after ITM, of sketches 98 %); what tells them apart is in directions of
-    little variance, which a plain random layer leaves little. Variances below 1 % of their mean are not blown up.
+    little variance, which a plain random layer leaves little. Variances below `floor` times their mean are not blown up.
     """
     flat = z.flatten(0, -2).double()
     mean = flat.mean(0)
     variance, axes = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))
-    floor = 0.01 * variance.mean() + 1e-6
+    least = floor * variance.mean() + 1e-6
     turn = nn.init.orthogonal_(torch.empty_like(adapter.weight)).double()
     # Where it has more outputs than inputs, the variance is spread over more dims.
     turn *= max(1.0, adapter.out_features / adapter.in_features) ** 0.5
-    weight = std * turn @ axes @ torch.diag((variance + floor).rsqrt()) @ axes.T
+    weight = std * turn @ axes @ torch.diag((variance + least).rsqrt()) @ axes.T
     adapter.weight.copy_(weight)
     adapter.bias.copy_(-weight @ mean)

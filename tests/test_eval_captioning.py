@@ -37,6 +37,8 @@ from unifashion.preprocess import qformer_image
 from unifashion.tokenizers import SentencePiece
 from weights.load import llm_tokenizer, load_unifashion
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RED_SHIRT = Garment("shirt", "red", "white", "dotted", "short", "v", "regular")
 BLUE_GOWN = Garment("dress", "blue", "red", "plain", "long", "round", "midi")
 SHORT = "fashion200k"
@@ -455,15 +457,6 @@ def figures_of(printed: str) -> str:
 def copy_of(world: Path, folder: Path) -> Path:
     """The world without persons, its own to spoil."""
     return Path(shutil.copytree(world, folder, ignore=shutil.ignore_patterns("vitonhd")))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small networks gain nothing by more threads, and wait for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

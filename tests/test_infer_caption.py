@@ -35,6 +35,8 @@ from unifashion.preprocess import qformer_image, read_image
 from unifashion.tokenizers import INSTRUCTIONS, SentencePiece, prompt
 from weights import load
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CFG = replace(
     SMALL,
     llama=LlamaConfig(vocab_size=1024, dim=32, depth=2, heads=2, mlp_dim=48, context=192),
@@ -788,15 +790,6 @@ def write_weights(folder: Path, cfg: UniFashionConfig) -> Path:
     learned = runs.learned_state(model.float(), ["qformer", "text_adapter", "lora"])
     save_file({k: v.contiguous() for k, v in learned.items()}, folder / "model.safetensors")
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small networks gain nothing by more threads, and wait for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Llama against transformers' and Meta's numbers (goldens `llama`, `llama_meta`), and generation against `generate`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,8 @@ from unifashion import llama, lora, losses
 from unifashion.llama import KVCache, Llama, LlamaConfig
 from weights.llama import LLAMA
 from weights.rename import Table, load_into, rename, under
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # the numbers of transformers and of Meta. Their cosines and sines are float32 whatever the model is: with ours, which are
 # float64, only `logits_rope64` can be equal to 1e-10; the others are, with tables made as they make them.
@@ -555,15 +557,6 @@ def empty(c: dict) -> Llama:
         theta=c["rope_theta"],
     )
     return llama.Llama(cfg).double().eval()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sizes as small as these are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def published_code(table: Table = LLAMA) -> tuple[goldens.Golden, Llama]:

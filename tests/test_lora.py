@@ -1,7 +1,6 @@
 """LoRA against PEFT's numbers: golden `lora`, PEFT of today on transformers' Llama, and a folder that it saved."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -23,7 +22,10 @@ from weights.llama import LLAMA
 from weights.lora import PEFT, load_peft
 from weights.rename import Table, load_into, rename
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # of PEFT to transformers
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),  # of PEFT to transformers
+]
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PLACES = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down"]
@@ -409,15 +411,6 @@ def test_loading_notices_an_adapted_lm_head(monkeypatch: pytest.MonkeyPatch):
 
 
 # helpers
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sizes as small as these are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def base_weights(golden: goldens.Golden) -> dict[str, Tensor]:

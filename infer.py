@@ -93,18 +93,24 @@ def caption(args: argparse.Namespace) -> None:
 
     notes: list[str] = []
     cfg, device, dtype = settle(args, notes)
+    learned = wanted(args.preset, args.weights or FOLDERS[args.preset], LEARNED[args.preset])
     words = llm_tokenizer(args.preset, args.weights)
     check_search(cfg, words, args.style, args.max_tokens, args.beams)
-    learned = wanted(args.preset, args.weights or FOLDERS[args.preset], LEARNED[args.preset])
     by = f"{args.model} {args.preset} {sha256(learned)[:12]}" + f" beams {args.beams}" * (args.beams > 1)
     images = {path: {"image": str(path), "style": args.style, "model": by} for path in args.image}
     done = CaptionFile(args.out, by) if args.out else None
     todo: list[Path] = []
+    bad: list[UserError] = []
     for path, row in tqdm(images.items(), "looking", unit="picture", disable=args.quiet or len(images) < 50):
         row["sha256"] = sha256(path) if os.path.isfile(path) else ""
         if done is None or not done.has(row, args.max_tokens):
-            read_image(path)  # to complain now, rather than after an hour
             todo.append(path)
+            try:
+                read_image(path)  # to complain now, of all at once, rather than after an hour
+            except UserError as error:
+                bad.append(error)
+    if bad:
+        raise UserError("; ".join(map(str, bad)))
     if len(todo) < len(images):
         notes.append(f"{len(images) - len(todo)} of {len(images)} pictures have their caption in {args.out}")
 
@@ -148,6 +154,8 @@ def caption(args: argparse.Namespace) -> None:
         print(
             json.dumps({"captions": rows, **used, "device": args.device, "dtype": args.dtype, "notes": notes})
         )
+    elif not written and not args.quiet:
+        print("no new captions", file=sys.stderr)
     elif not args.quiet:
         cut = f"; {used['cut']} cut at --max-tokens {args.max_tokens}" * (used["cut"] > 0)
         print(
@@ -166,7 +174,9 @@ def settle(args: argparse.Namespace, notes: list[str]) -> tuple[UniFashionConfig
     if args.preset is None:
         args.preset = default_preset(args.weights)
         holds = "holds a" if args.preset == "full" else "holds no"
-        notes.append(f"preset {args.preset}: {args.weights or folder_of('full')} {holds} trained full model")
+        knows = ", and tiny knows only drawn garments" * (args.preset == "tiny")
+        where = args.weights or folder_of("full")
+        notes.append(f"preset {args.preset}: {where} {holds} trained full model{knows}")
     folder_of(args.preset, args.weights)  # complains about one that there is not
     device = pick_device(args.device)
     dtype = compute_dtype(device, args.dtype)
@@ -346,7 +356,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--mask", type=Path, help="picture of the person's shape: white = repaint")
     where.add_argument("--box", type=four_numbers, metavar="x0,y0,x1,y1", help="in pixels (default: torso)")
     p.add_argument("--pose", type=Path, help="densepose picture of the person (default: none)")
-    p.add_argument("--model", choices=["unifashion"], default="unifashion")
+    p.add_argument("--model", choices=["unifashion"], default="unifashion", help="default %(default)s")
     p.add_argument("--steps", type=int, default=50, help="2 to 500 (default %(default)s)")
     p.add_argument("--sampler", choices=["plms", "ddim", "dpm++"], default="plms", help="default %(default)s")
     p.add_argument(
@@ -367,15 +377,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--style",
         default="fashiongen",
-        help="fashion200k: short | fashiongen: professional | fashioniq-cap: detailed (default %(default)s)",
+        help="fashion200k, which is short, fashiongen, professional, or fashioniq-cap, detailed (default %(default)s)",
     )
-    p.add_argument("--model", choices=["unifashion"], default="unifashion")
+    p.add_argument("--model", choices=["unifashion"], default="unifashion", help="default %(default)s")
     p.add_argument("--beams", type=int, default=1, help="1 is greedy (default %(default)s)")
     p.add_argument("--max-tokens", type=int, default=128, help="of a caption (default %(default)s)")
     p.add_argument(
         "--out",
         type=Path,
-        help="a .jsonl, a line a picture; pictures whose caption is in it are left out (default: the terminal)",
+        help="a .jsonl, a line a picture, until all are done beside it as .part; pictures whose caption is in either "
+        "are left out (default: the terminal)",
     )
     common_arguments(p)
     return top.parse_args(argv)

@@ -122,6 +122,7 @@ def encode_align(model: UniFashion, batch: dict[str, Tensor]) -> dict[str, Tenso
 
 @torch.no_grad()
 def encode_caption(model: UniFashion, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """-> Z_I (b,32,768), and of its template and answer the token ids before (b,p) and after it (b,t)."""
     z, _ = model.qformer(model.see(batch["picture"]))
     return {"z": z, **{k: batch[k] for k in ("before", "ids", "answer")}}
 
@@ -270,6 +271,10 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         see = lambda batch: encode(model, to_device(batch))  # noqa: E731
         return map(to_device, training.batches(data, order, see, cache, args.workers))
 
+    if fresh:
+        for part in sorted(set(map(runs.part_of, parameters))):
+            start = "starts as published" if part in PUBLIC_PARTS[args.preset] else "starts anew"
+            tqdm.write(f"{part} {f'goes on from {init}' if part in modules else start}", file=sys.stderr)
     if fresh and stage != "align" and TRAINABLE[stage][0].removesuffix(".*") not in modules:
         few = training.batch_order(len(train_set), size, args.seed, 0, 8)
         with training.autocast(device, args.dtype):
@@ -381,7 +386,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--data", nargs="+", required=True, metavar="NAME[=PATH]", help=" | ".join(["toy", *READERS])
     )
-    parser.add_argument("--stage", choices=["all", *STAGES], default="all")
+    parser.add_argument(
+        "--stage",
+        choices=["all", *STAGES],
+        default="all",
+        help="all: one after the other (default %(default)s)",
+    )
     training.common_arguments(parser, DEFAULTS)
     args = parser.parse_args(argv)
     stages = list(STAGES) if args.stage == "all" else [args.stage]

@@ -47,7 +47,7 @@ from unifashion.data.toy import Garment
 from unifashion.model import UniFashion
 from unifashion.preprocess import qformer_image
 from unifashion.tokenizers import SentencePiece
-from weights.load import llm_tokenizer, load_unifashion
+from weights.load import LEARNED, folder_of, llm_tokenizer, load_unifashion, sha256, wanted
 
 ATTRIBUTES = tuple(toy.ATTRIBUTES)
 PAPER = {"BLEU-4": 35.53, "METEOR": 29.32, "ROUGE-L": 54.59, "CIDEr": 169.5}  # FashionGen, Table 2
@@ -251,8 +251,8 @@ def table(style: str, cases: list[Case], seconds: float, result: dict) -> str:
     scores = result["BLEU-4"]
     lines.append(line("BLEU-4 against", [f"{k} (own)" if k == style else k for k in scores["captions"]]))
     lines += [line(row, map(cell, figures.values())) for row, figures in scores.items()]
-    nearest = max(figure[0] for figure in scores["captions"].values())
-    if nearest > scores["captions"][style][0]:
+    nearest = max(scores["captions"].values(), key=lambda figure: figure[0])
+    if nearest[1] > scores["captions"][style][2]:  # more than chance may do
         lines.append("the captions are nearest to another style's references: they do not follow their own")
     for kind, of in (("precision", "named"), ("coverage", "asked")):
         for row, shown in result.get("attributes", {}).items():
@@ -311,7 +311,7 @@ def check_arguments(args: argparse.Namespace, name: str) -> None:
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}, must be 0 or more")
     if args.out and (args.out.is_dir() or not os.access(args.out.parent, os.W_OK)):
-        raise UserError(f"{args.out}: is a folder, or its folder cannot be written")
+        raise UserError(f"{args.out} cannot be written: --out wants a file in a folder that exists")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -333,9 +333,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--styles", nargs="+", choices=list(READERS), help="of toy (default: all three)")
     add("--beams", type=int, default=1, help="1 is greedy (default %(default)s)")
     add("--max-tokens", type=int, default=128, help="of a caption (default %(default)s)")
-    add("--preset", choices=list(PRESETS), default="tiny")
+    add("--preset", choices=list(PRESETS), default="tiny", help="default %(default)s")
     add("--weights", type=Path, help="folder of the weights (default: the preset's own)")
-    add("--batch-size", type=int, default=50)
+    add("--batch-size", type=int, default=50, help="default %(default)s")
     add(
         "--seed",
         type=int,
@@ -364,8 +364,8 @@ def main(argv: list[str] | None = None) -> None:
     device = training.pick_device(args.device)
     dtype = training.compute_dtype(device, args.dtype)
     llm_words = llm_tokenizer(args.preset, args.weights)
-    wanted = args.styles or list(READERS)
-    styles = ["fashiongen"] if name == "fashiongen" else [style for style in READERS if style in wanted]
+    styles = [style for style in READERS if style in (args.styles or READERS)]
+    styles = ["fashiongen"] if name == "fashiongen" else styles
     for style in styles:
         check_search(PRESETS[args.preset], llm_words, style, args.max_tokens, args.beams)
     model = load_unifashion(args.preset, args.weights, device, dtype, draws=False, writes=True)
@@ -410,6 +410,9 @@ def main(argv: list[str] | None = None) -> None:
         "device": device.type,
         "torch": torch.__version__,
         "qformer sha256": qformer_hash(model),
+        "model sha256": sha256(
+            wanted(args.preset, folder_of(args.preset, args.weights), LEARNED[args.preset])
+        ),
         "seconds": round(time.perf_counter() - began, 1),
     }
     print(*(f"{k:<28}{value}" for k, value in report.items()), sep="\n")

@@ -188,7 +188,9 @@ def test_bf16_runs_on_a_cpu(run: Run):
 def test_captions_go_to_stdout_and_all_else_to_stderr(run: Run, room: Path):
     out, err = run("a.png", "b.png", preset=None)
     assert [line.split(": ")[0] for line in out.splitlines()] == ["a.png", "b.png"]
-    assert f"note: preset tiny: {Path('weights')} holds no trained full model\n" in err
+    assert (
+        "note: preset tiny: weights holds no trained full model, and tiny knows only drawn garments\n" in err
+    )
     assert "2/2" in err  # the progress bar
     last = err.splitlines()[-1]
     tokens, seconds, speed = (float(last.split()[i]) for i in (0, 3, 5))
@@ -196,6 +198,7 @@ def test_captions_go_to_stdout_and_all_else_to_stderr(run: Run, room: Path):
     assert tokens > 2 and speed > 0
     assert run("a.png", "b.png", "--quiet", preset=None) == (out, "")
     assert run("a.png", "--out", "out.jsonl")[0] == ""
+    assert run("a.png", "--out", "out.jsonl")[1].endswith("no new captions\n")
     assert run("c.png", "--out", "out.jsonl", "--quiet") == ("", "")
 
 
@@ -553,6 +556,13 @@ def test_a_bad_picture_among_good_ones_is_named(bad: Path, capsys: pytest.Captur
     for flags in ((), ("--json", "--out", "out.jsonl"), ("--out", "begun.jsonl", "--quiet")):
         argv = ["--image", "a.png", kind, "b.png", *flags]
         refused(bad, capsys, argv, f"{kind}: {BAD_FILES[kind]}")
+
+
+def test_all_bad_pictures_are_named_at_once(bad: Path, capsys: pytest.CaptureFixture):
+    first, second = list(BAD_FILES)[:2]
+    for kinds in ((first, second), (second, first)):
+        argv = ["--image", kinds[0], "a.png", kinds[1], "--out", "out.jsonl"]
+        refused(bad, capsys, argv, "; ".join(f"{kind}: {BAD_FILES[kind]}" for kind in kinds))
 
 
 @pytest.mark.parametrize("content", NOT_CAPTIONS.values(), ids=NOT_CAPTIONS)

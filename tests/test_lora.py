@@ -16,7 +16,7 @@ from tests.faults import plant
 from tests.parity import assert_parity, randomise, swap
 from tests.test_llama import WIDENED, empty, read
 from unifashion import UserError, lora
-from unifashion.llama import Llama
+from unifashion.llama import Llama, generate
 from unifashion.lora import LoRAConfig, adapter_state, inject, load_adapter, merge, unmerge
 from weights.llama import LLAMA
 from weights.lora import PEFT, load_peft
@@ -306,6 +306,14 @@ def test_a_bfloat16_base_learns_in_float32_under_autocast():
     gradients = {name: x.grad for name, x in ours.named_parameters() if x.grad is not None}
     assert gradients.keys() == adapter_state(ours).keys()
     assert all(x.dtype == torch.float32 and x.isfinite().all() and x.any() for x in gradients.values())
+
+
+def test_before_it_is_merged_a_bfloat16_llm_writes_without_autocast():
+    ours = plain().bfloat16().eval()
+    inject(ours, LoRAConfig(3, 6))
+    load_adapter(ours, adapter_state(pair()[1]))
+    written = generate(ours, ours.embed(torch.arange(3, 9)[None]), torch.ones(1, 6, dtype=torch.bool), 3, 2)
+    assert written.shape == (1, 3)
 
 
 def test_merging_rounds_a_bfloat16_base_once():

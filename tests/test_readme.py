@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import eval.captioning
+import eval.generation
 import infer
 import train_phase1
 import train_phase2
@@ -54,7 +56,7 @@ def test_the_training_commands_follow_one_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     toy.ensure("data/toy", train=24, val=2, test=2, workers=1, quiet=True)
-    *lines, ship = BLOCKS["train (hours)"][1:]
+    *lines, ship, generation, captioning = BLOCKS["train (hours)"][1:]
     for line in lines:
         script, arguments = re.fullmatch(r"\.venv/bin/python (\S+) (.*)", line).groups()
         main = {"train_phase1.py": train_phase1.main, "train_phase2.py": train_phase2.main}[script]
@@ -64,3 +66,6 @@ def test_the_training_commands_follow_one_another(tmp_path, monkeypatch):
     pretrain.main(shlex.split(ship.removeprefix(".venv/bin/python -m weights.tiny.pretrain ")))
     load_unifashion("tiny", tmp_path / "tiny")
     load_unifashion("tiny", tmp_path / "tiny", draws=False, writes=True)
+    for line, module in ((generation, eval.generation), (captioning, eval.captioning)):
+        arguments = line.removeprefix(f".venv/bin/python -m {module.__name__} ")
+        module.main([*shlex.split(arguments), "--samples", "2", "--quiet"])

@@ -34,7 +34,9 @@ def write_captions(
     beams: int = 1,
 ) -> list[Caption]:
     """
-    pictures, each (3,224,224), from `preprocess.qformer_image`; style a key of `tokenizers.INSTRUCTIONS`.
+    model     with what writes (`UniFashion(cfg, writes=True)`, `load_unifashion(..., writes=True)`)
+    pictures  each (3,224,224), from `preprocess.qformer_image`
+    style     a key of `tokenizers.INSTRUCTIONS`
 
     Raises UserError where what the Q-Former says is not finite.
     """

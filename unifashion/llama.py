@@ -80,18 +80,22 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        allowed: Tensor | None,
+        bias: Tensor | None,
         cache: KVCache | None,
         slots: Tensor | None,
     ) -> Tensor:
+        """
+        x (b,t,dim); rotation from `rotations`; bias (b,1,t,n), 0 or -inf, added to the scores: without it, what is causal.
+        With a cache, keys and values go into its `slots` (t,), and its first n are attended to.
+        """
         q, k, v = (
             rearrange(project(x), "b t (h d) -> b h t d", h=self.heads)
             for project in (self.q, self.k, self.v)
         )
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
-            k, v = (past[:, :, : allowed.shape[-1]] for past in cache.write(self.layer, slots, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None)
+            k, v = (past[:, :, : bias.shape[-1]] for past in cache.write(self.layer, slots, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
         return self.o(rearrange(y, "b h t d -> b t (h d)"))
 
 
@@ -120,11 +124,11 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        allowed: Tensor | None,
+        bias: Tensor | None,
         cache: KVCache | None = None,
         slots: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rotation, allowed, cache, slots)
+        x = x + self.attn(self.attn_norm(x), rotation, bias, cache, slots)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -152,7 +156,7 @@ class Llama(nn.Module):
         t = x.shape[1]
         if mask is None and cache is not None:  # its slots are not the columns of x
             mask = torch.ones(len(x), cache.k.shape[3], dtype=torch.bool, device=x.device)
-        allowed = None
+        bias = None
         positions = torch.arange(t, device=x.device)[None]
         if mask is not None:
             at = positions[0] if slots is None else slots
@@ -160,14 +164,14 @@ class Llama(nn.Module):
             # Padding may see itself, and nothing else: a row of softmax that may see nothing would be nan.
             allowed = (keys <= at[:, None]) & mask[:, None, None] | (keys == at[:, None])
             # As numbers to add, made once for all layers: scaled_dot_product_attention would make them in each.
-            allowed = torch.zeros_like(allowed, dtype=x.dtype).masked_fill(~allowed, -torch.inf)
+            bias = torch.zeros_like(allowed, dtype=x.dtype).masked_fill(~allowed, -torch.inf)
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, at]
         rotation = rotations(positions, self.cfg, x.dtype)
         for layer in self.layers:
             if self.checkpointing and cache is None and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotation, allowed, use_reentrant=False)
+                x = checkpoint(layer, x, rotation, bias, use_reentrant=False)
             else:
-                x = layer(x, rotation, allowed, cache, slots)
+                x = layer(x, rotation, bias, cache, slots)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -43,11 +43,12 @@ class LoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (...,in) -> (...,out): W x + alpha / rank * B A x, computed in x's dtype, whatever that of A and B."""
         y = F.linear(x, self.weight)
         if self.merged:
             return y
         x = F.dropout(x, self.dropout, self.training)
-        return y + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return y + self.scale * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
 
 
 def inject(llama: nn.Module, cfg: LoRAConfig) -> None:

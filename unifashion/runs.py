@@ -1,7 +1,7 @@
 """The run folder: what a training leaves behind, and starts again from.
 
 RUN/config.json     what was asked
-RUN/metrics.jsonl   one line a log step: the losses, lr, seconds per step
+RUN/metrics.jsonl   one line a log step: the losses, lr, norms of their gradients, seconds per step; val
 RUN/samples/        pictures, or captions
 RUN/losses.png      the curves of metrics.jsonl
 RUN/last/, best/    model.safetensors      everything learned so far, under our module names; EMA where there is one
@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from unifashion import UserError, lora
 from unifashion.config import UniFashionConfig
@@ -211,6 +213,7 @@ def save_evaluated(
     better = val < state["best"]
     if better:
         state["best"] = val
+    tqdm.write(f"step {state['step']}: val {val:.4f}" + ", the best so far" * better, file=sys.stderr)
     for folder in (
         ("best", "last") if better else ("last",)
     ):  # killed between the two, the run makes `best` again

@@ -33,7 +33,7 @@ def common_arguments(parser: argparse.ArgumentParser, defaults: dict[str, dict])
         return f"default {', '.join(values)}" if values else "no default"
 
     g = parser.add_argument_group("model and place")
-    g.add_argument("--preset", choices=list(PRESETS), default="full")
+    g.add_argument("--preset", choices=list(PRESETS), default="full", help="default %(default)s")
     g.add_argument("--weights", type=Path, help="folder of the public weights (default: the preset's own)")
     g.add_argument(
         "--init", type=Path, help="run folder (its last/ is taken), or model.safetensors, to start from"

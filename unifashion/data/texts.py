@@ -178,8 +178,9 @@ def with_article(text: str) -> str:
 
 
 def caption(g: Garment, rng: np.random.Generator, keep: float = 0.8) -> str:
-    """A Fashion200K caption, "red striped short-sleeve v-neck dress": always colour, pattern (with the second colour)
-    and category; sleeve, neckline and length each with probability `keep`. Wording varies."""
+    """A Fashion200K caption, "red striped short-sleeve v-neck dress": always colour and category, a pattern and its second
+    colour, but of plain ones only four in ten that they are plain; sleeve, neckline and length each with probability `keep`.
+    Wording varies."""
     sleeve, neck, length = (rng.random(3) < keep).tolist()
     noun = choose(rng, CATEGORY_WORDS[g.category])
     before, after = [g.colour], []

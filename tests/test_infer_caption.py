@@ -147,6 +147,16 @@ def test_every_kind_of_picture_is_described_as_its_plain_copy(run: Run, room: Pa
         assert told[name] == captions(run, "base.png")["base.png"]
 
 
+def test_a_caption_is_counted_with_its_end_and_is_whole_where_it_has_one(run: Run, monkeypatch):
+    def write(model, z, before, after, max_tokens, eos, beams):
+        return torch.tensor([[7, 8, 9, eos, eos, eos], [7, 8, 9, 8, 9, eos], [7, 8, 9, 8, 9, 7]])
+
+    monkeypatch.setattr(UniFashion, "write", write)
+    told = json.loads(run("a.png", "b.png", "c.png", "--json")[0])
+    assert [(row["tokens"], row["whole"]) for row in told["captions"]] == [(4, True), (6, True), (6, False)]
+    assert (told["tokens"], told["cut"]) == (16, 1)
+
+
 def test_a_picture_that_is_named_twice_is_described_once(run: Run, tmp_path: Path):
     alone = run("a.png")[0]
     assert run("a.png", "./a.png")[0] == alone

@@ -147,6 +147,16 @@ def test_every_kind_of_picture_is_described_as_its_plain_copy(run: Run, room: Pa
         assert told[name] == captions(run, "base.png")["base.png"]
 
 
+def test_numbers_that_overflow_are_told_and_nothing_is_written(room: Path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        UniFashion, "see", lambda model, x: torch.full((len(x), 2, model.cfg.vit.dim), torch.nan)
+    )
+    argv = "caption --weights weights --preset tiny --device cpu --quiet --image a.png --out out.jsonl"
+    assert infer.main(shlex.split(argv)) == 2
+    told = "infer.py: the numbers overflow: a file of weights is damaged\n"
+    assert capsys.readouterr() == ("", told) and left_behind(room) == []
+
+
 def test_a_caption_is_counted_with_its_end_and_is_whole_where_it_has_one(run: Run, monkeypatch):
     def write(model, z, before, after, max_tokens, eos, beams):
         return torch.tensor([[7, 8, 9, eos, eos, eos], [7, 8, 9, 8, 9, eos], [7, 8, 9, 8, 9, 7]])

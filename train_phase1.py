@@ -249,9 +249,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
     slower = {"qformer.temp": min(lr, 2e-5), "text_adapter.weight": lr / 10, "text_adapter.bias": lr / 10}
     groups = [{"params": [p], "peak": slower[name]} for name, p in parameters.items() if name in slower]
     groups = [{"params": [p for name, p in parameters.items() if name not in slower], "peak": lr}, *groups]
-    optimizer = torch.optim.AdamW(
-        groups, lr=hparams["lr"], betas=hparams["betas"], weight_decay=hparams["weight_decay"]
-    )
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=hparams["betas"], weight_decay=hparams["weight_decay"])
 
     runs.start_run(
         out,
@@ -342,7 +340,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
                 out,
                 step=step,
                 **shown,
-                lr=hparams["lr"] * rate,
+                lr=lr * rate,
                 norms=[round(n, 3) for n in norms.tolist()],
                 seconds=seconds,
             )

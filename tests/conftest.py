@@ -6,6 +6,13 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True)
+def fused_attention() -> Iterator[None]:
+    """What trains in bfloat16 turns it off for its process, which here is that of the other tests, too."""
+    yield
+    torch.backends.cuda.enable_flash_sdp(True)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Small networks gain nothing by more threads, and wait for them on a busy machine."""

@@ -752,6 +752,14 @@ def groups(monkeypatch) -> list[dict]:
     return groups
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "fused"), [("cpu", "bf16", False), ("cpu", "fp32", True), ("cuda", "bf16", True)]
+)
+def test_only_in_bfloat16_on_a_cpu_is_attention_plain(device, dtype, fused):
+    training.plain_attention(torch.device(device), dtype)
+    assert torch.backends.cuda.flash_sdp_enabled() == fused
+
+
 def test_the_temperature_learns_at_the_official_rate_however_fast_the_rest(place, groups):
     run("align", place, "rates", "--steps", "1", "--lr", "0.01")
     assert [(len(g["params"]) == 1, g["peak"]) for g in groups] == [(False, 0.01), (True, 2e-5)]

@@ -69,6 +69,18 @@ def test_a_caption_depends_neither_on_its_batch_nor_on_its_place(run: Run, monke
                 assert captions(run, *PICTURES, *flags) == together
 
 
+def test_beams_share_the_memory_of_a_batch(run: Run, monkeypatch: pytest.MonkeyPatch):
+    write, sizes = unifashion.caption.write_captions, []
+    monkeypatch.setattr(
+        unifashion.caption, "write_captions", lambda *a: (sizes.append(len(a[2])), write(*a))[1]
+    )
+    monkeypatch.setattr(infer, "BATCH", 4)
+    for beams, expected in ((1, [4, 1]), (2, [2, 2, 1]), (3, [1] * 5), (5, [1] * 5)):
+        sizes.clear()
+        captions(run, *PICTURES, "--beams", str(beams))
+        assert sizes == expected
+
+
 @pytest.mark.parametrize("style", INSTRUCTIONS)
 def test_the_caption_is_what_the_llm_finds_likeliest_after_the_template(run: Run, room: Path, style: str):
     """Word for word, without a cache, from a picture and a prompt made here."""

@@ -89,11 +89,11 @@ def caption(args: argparse.Namespace) -> None:
     from unifashion import training
     from unifashion.caption import CaptionFile, check_search, write_captions
     from unifashion.preprocess import qformer_image, read_image
-    from weights.load import LEARNED, folder_of, llm_tokenizer, load_unifashion, sha256, wanted
+    from weights.load import learned_file, llm_tokenizer, load_unifashion, sha256
 
     notes: list[str] = []
     cfg, device, dtype = settle(args, notes)
-    learned = wanted(args.preset, folder_of(args.preset, args.weights), LEARNED[args.preset])
+    learned = learned_file(args.preset, args.weights)
     words = llm_tokenizer(args.preset, args.weights)
     check_search(cfg, words, args.style, args.max_tokens, args.beams)
     by = f"{args.model} {args.preset} {sha256(learned)[:12]}" + f" beams {args.beams}" * (args.beams > 1)

@@ -47,7 +47,7 @@ from unifashion.data.toy import Garment
 from unifashion.model import UniFashion
 from unifashion.preprocess import qformer_image
 from unifashion.tokenizers import SentencePiece
-from weights.load import LEARNED, folder_of, llm_tokenizer, load_unifashion, sha256, wanted
+from weights.load import learned_file, llm_tokenizer, load_unifashion, sha256
 
 ATTRIBUTES = tuple(toy.ATTRIBUTES)
 PAPER = {"BLEU-4": 35.53, "METEOR": 29.32, "ROUGE-L": 54.59, "CIDEr": 169.5}  # FashionGen, Table 2
@@ -410,9 +410,7 @@ def main(argv: list[str] | None = None) -> None:
         "device": device.type,
         "torch": torch.__version__,
         "qformer sha256": qformer_hash(model),
-        "model sha256": sha256(
-            wanted(args.preset, folder_of(args.preset, args.weights), LEARNED[args.preset])
-        ),
+        "model sha256": sha256(learned_file(args.preset, args.weights)),
         "seconds": round(time.perf_counter() - began, 1),
     }
     print(*(f"{k:<28}{value}" for k, value in report.items()), sep="\n")

@@ -87,6 +87,11 @@ def wanted(preset: str, folder: Path, *names: str) -> Path:
     raise UserError(f"{folder / names[0]} is missing: {source}")
 
 
+def learned_file(preset: str, folder: Path | None = None) -> Path:
+    """The trained model of a preset. Raises UserError if it, or the folder, is missing."""
+    return wanted(preset, folder_of(preset, folder), LEARNED[preset])
+
+
 def tokenizer(preset: str, folder: Path | None = None) -> WordPiece:
     """The Q-Former's tokenizer. Raises UserError if its vocabulary is missing, damaged, or too large for the preset."""
     path = wanted(preset, folder_of(preset, folder), VOCAB)
@@ -172,8 +177,7 @@ def load_unifashion(
     for parts that training left as they were: ViT, VAE, LLM, and perhaps FULL's Q-Former. Raises UserError as
     `load_public`, and for a model whose training is not finished.
     """
-    folder = folder_of(preset, folder)
-    path = wanted(preset, folder, LEARNED[preset])
+    path, folder = learned_file(preset, folder), folder_of(preset, folder)
     _check_company(path, folder)
     model = _blank(preset, draws, writes)
     found = check_finished(path, learned := read_checkpoint(path), preset, draws, writes)

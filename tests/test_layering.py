@@ -110,7 +110,8 @@ def layer(module: str) -> int | None:
     if top == "unifashion":
         return (
             WIRING
-            if rest.split(".")[0] in ("model", "config", "training", "runs", "data", "tryon", "caption")
+            if rest.split(".")[0]
+            in ("model", "config", "training", "runs", "data", "tryon", "caption", "search")
             else COMPONENT
         )
     return None

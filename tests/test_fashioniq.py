@@ -142,8 +142,8 @@ def test_broken_lines_of_our_captions_are_named(root, line, message):
         ("captions/cap.shirt.val.json", lambda t: t.replace("S1", "D1"), "D1 is not in split.shirt.val.json"),
         ("captions/cap.shirt.val.json", lambda t: json.dumps(json.loads(t)[:1] * 2), "S0 -> S1.*twice"),
         ("image_splits/split.shirt.val.json", lambda t: t[:-3], "not whole JSON"),
-        ("image_splits/split.shirt.val.json", lambda t: "[]", "not a list of ids"),
         ("image_splits/split.shirt.val.json", lambda t: '{"S0": 1}', "not a list of ids"),
+        ("image_splits/split.shirt.val.json", lambda t: '["S0", ""]', "not a list of ids"),
         ("image_splits/split.shirt.val.json", lambda t: t.replace("S2", "S0"), "S0 is there twice"),
     ],
 )

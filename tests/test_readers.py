@@ -394,6 +394,97 @@ def test_reading_leaves_no_file_open(root):
     assert len(items) == 6 and len(os.listdir("/proc/self/fd")) == before
 
 
+def test_nothing_is_missing_from_what_was_drawn(root, fashiongen):
+    for data in (*every_reader(root), FashionGen(fashiongen / "fashiongen")):
+        assert data.missing() == []
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_missing_pictures_are_listed_once_in_the_order_of_the_rows(copy, i):
+    name, gone = MISSING[i]
+    data = every_reader(copy)[i]
+    first, last = sorted(copy.glob(f"{name}/{gone}"))[::2][:2]
+    assert data.missing() == []
+    for path in (last, first):
+        path.unlink()
+    (last.with_name("unnamed.txt")).write_text("no row names this")
+    folder = copy / name.split("/")[0]
+    assert sorted(data.missing()) == sorted(str(path.relative_to(folder)) for path in (first, last))
+
+
+def test_the_missing_come_in_the_rows_order_with_whole_folders(copy):
+    paths = [path for path, _ in Fashion200K(copy / "fashion200k").rows]
+    for path in (paths[4], paths[1]):
+        (copy / "fashion200k" / path).unlink()
+    assert Fashion200K(copy / "fashion200k").missing() == [paths[1], paths[4]]
+    data = MGD(copy / "vitonhd", "test", paired=False)
+    shutil.rmtree(copy / "vitonhd/test/cloth")
+    assert data.missing() == [f"test/cloth/{cloth}.jpg" for _, cloth in data.photos.pairs]
+    (copy / "vitonhd/test/cloth").mkdir()
+    assert len(data.missing()) == 4
+    (copy / "vitonhd/test/cloth" / f"{data.photos.pairs[0][1]}.jpg").symlink_to("nowhere.jpg")
+    assert len(data.missing()) == 4  # a link to nothing is no picture
+
+
+def test_a_person_who_is_there_twice_is_named(copy):
+    pairs = copy / "vitonhd/test_pairs.txt"
+    lines = pairs.read_text().splitlines()
+    pairs.write_text("\n".join([*lines, lines[1]]))
+    person = lines[1].split()[0]
+    with pytest.raises(UserError, match=f"^{pairs}: {person} is there twice$"):
+        VITONHD(copy / "vitonhd", "test")
+    pairs.write_text("\n".join([*lines, *lines]))
+    with pytest.raises(UserError, match="is there twice, and 3 more$"):
+        MGD(copy / "vitonhd", "test")
+
+
+def test_a_picture_captioned_twice_is_named(copy):
+    file = copy / "fashioniq/next_llava.train.toptee.caption.json"
+    items = json.loads(file.read_text())
+    file.write_text(json.dumps([*items, items[2]]))
+    with pytest.raises(UserError, match=f"^{file}: {items[2]['image']} is there twice$"):
+        FashionIQCap(copy / "fashioniq")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda text: text.replace("{", '{"00001": ["a"], ', 1), "00001 is there twice"),
+        (lambda text: json.dumps(json.loads(text) | {"00002": []}), "cloth 00002 has no texts"),
+        (
+            lambda text: json.dumps(json.loads(text) | {"00002": ["a", " "]}),
+            "cloth 00002 has no texts, or an empty",
+        ),
+        (lambda text: json.dumps(json.loads(text) | {"00002": "red"}), "cloth 00002 has no texts"),
+        (lambda text: "[]", "not an object"),
+    ],
+)
+def test_captions_of_mgd_that_are_not_texts_are_named(copy, harm, message):
+    captions = copy / "vitonhd/captions.json"
+    captions.write_text(harm(captions.read_text()))
+    with pytest.raises(UserError, match=f"^{captions}: {message}"):
+        MGD(copy / "vitonhd", "train")
+
+
+# A folder of each of `every_reader`, and the pictures there of which the first and the third go
+MISSING = [
+    ("fashion200k/women", "*/*/*/*.jpeg"),
+    ("fashioniq/images", "B00000000[0-9].png"),
+    ("vitonhd/train", "agnostic-mask/*"),
+    ("vitonhd/train", "cloth-sketch/*"),
+]
+
+
+def every_reader(root: Path) -> list:
+    """Fashion200K, FashionIQCap, VITONHD, MGD of train; FashionIQ and DressCode have files of tests of their own."""
+    return [
+        Fashion200K(root / "fashion200k"),
+        FashionIQCap(root / "fashioniq"),
+        VITONHD(root / "vitonhd"),
+        MGD(root / "vitonhd"),
+    ]
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readers") / "toy"

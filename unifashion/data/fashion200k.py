@@ -6,7 +6,7 @@ A label line is `women/<category>/<kind>/<product>/<product>_<view>.jpeg<TAB>det
 from pathlib import Path
 
 from unifashion import UserError
-from unifashion.data import open_image
+from unifashion.data import absent, open_image
 
 
 class Fashion200K:
@@ -42,3 +42,7 @@ class Fashion200K:
         path, text = self.rows[index]
         image = open_image(self.root / path)
         return {"image": image, "text": text, "path": path, "product": self.products[index]}
+
+    def missing(self) -> list[str]:
+        """The pictures that the labels name and that are not there, relative to the root."""
+        return absent(self.root, (path for path, _ in self.rows))

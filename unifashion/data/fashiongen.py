@@ -82,6 +82,10 @@ class FashionGen:
             "subcategory": self.subcategories[row],
         }
 
+    def missing(self) -> list[str]:
+        """No picture: all are in the one file, whose rows are counted when it is opened."""
+        return []
+
     def __getstate__(self) -> dict:
         return self.__dict__ | {"opened": None}  # an open file cannot go to another process
 

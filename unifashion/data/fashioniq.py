@@ -181,7 +181,7 @@ def absent_pictures(root: Path, names: Iterable[str]) -> list[str]:
 def read_pool(file: Path) -> list[str]:
     """The ids of `image_splits/`. Raises UserError if they are not whole, or one is there twice."""
     names = read_json(file)
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
         raise UserError(f"{file}: not a list of ids")
     refuse_repeated(file, names)
     return names

@@ -1,9 +1,9 @@
 """MGD's annotations on top of VITON-HD: `captions.json` (5-digit cloth id -> 3 noun chunks) and garment sketches."""
 
-import json
 from pathlib import Path
 
 from unifashion import UserError
+from unifashion.data import absent, read_json
 from unifashion.data.vitonhd import VITONHD
 
 
@@ -25,13 +25,10 @@ class MGD:
                 f"{root} lacks MGD's annotations ({captions.name}, {split}/{sketches.name}): get the VITON-HD archive at "
                 "github.com/aimagelab/multimodal-garment-designer and unpack it here, or use --data toy."
             )
-        try:
-            self.captions = json.loads(captions.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{captions}: not whole JSON ({error})") from None
-        absent = next((cloth for _, cloth in self.photos.pairs if cloth[:5] not in self.captions), None)
-        if absent:
-            raise UserError(f"{captions} has no caption for cloth {absent}")
+        self.captions = read_chunks(captions)
+        absent_one = next((cloth for _, cloth in self.photos.pairs if cloth[:5] not in self.captions), None)
+        if absent_one:
+            raise UserError(f"{captions} has no caption for cloth {absent_one}")
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -39,9 +36,30 @@ class MGD:
     def __getitem__(self, index: int) -> dict:
         item = self.photos[index]
         person, cloth = item["person_id"], item["cloth_id"]
+        sketch = self.photos.open(self.sketch_of(person, cloth), "L")
+        return {**item, "sketch": sketch, "text": self.captions[cloth[:5]]}
+
+    def sketch_of(self, person: str, cloth: str) -> str:
+        """Where the sketch is, relative to the split's folder."""
         if self.in_shop:
-            sketch = f"cloth-sketch/{cloth}.png"
-        else:
-            sketch = f"im_sketch/{person}.png" if self.paired else f"im_sketch_unpaired/{person}_{cloth}.png"
-        text = ", ".join(self.captions[cloth[:5]])
-        return {**item, "sketch": self.photos.open(sketch, "L"), "text": text}
+            return f"cloth-sketch/{cloth}.png"
+        return f"im_sketch/{person}.png" if self.paired else f"im_sketch_unpaired/{person}_{cloth}.png"
+
+    def missing(self) -> list[str]:
+        """The pictures that the pairs name and that are not there, relative to the root: photos, then sketches."""
+        split = self.photos.folder.name
+        sketches = (f"{split}/{self.sketch_of(*pair)}" for pair in self.photos.pairs)
+        return self.photos.missing() + absent(self.photos.root, sketches)
+
+
+def read_chunks(file: Path) -> dict[str, str]:
+    """Cloth number -> its noun chunks, ", "-joined. Raises UserError if the file is damaged, or a cloth is not described by
+    texts, or described twice."""
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: not an object of cloth -> texts")
+    for cloth, texts in found.items():
+        whole = isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() for t in texts)
+        if not whole:
+            raise UserError(f"{file}: cloth {cloth} has no texts, or an empty one: {str(texts)[:100]}")
+    return {cloth: ", ".join(texts) for cloth, texts in found.items()}

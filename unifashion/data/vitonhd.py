@@ -5,9 +5,30 @@ from pathlib import Path
 from PIL import Image
 
 from unifashion import UserError
-from unifashion.data import open_image
+from unifashion.data import absent, open_image, refuse_repeated
 
 FOLDERS = ("image", "agnostic-v3.2", "agnostic-mask", "image-densepose", "cloth")
+
+
+def read_pairs(file: Path) -> list[tuple[str, str]]:
+    """The ids of a pair list's lines, "person.jpg cloth.jpg". Raises UserError for another line, or a person who is there twice."""
+    rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    broken = next((row for row in rows if len(row) != 2), None)
+    if broken:
+        raise UserError(f"{file}: a line is not 'person.jpg cloth.jpg': {' '.join(broken)}")
+    refuse_repeated(file, (person for person, _ in rows))
+    return [(Path(person).stem, Path(cloth).stem) for person, cloth in rows]
+
+
+def files_of(person: str, cloth: str) -> dict[str, str]:
+    """Where the pictures of an item are, relative to the split's folder."""
+    return {
+        "person": f"image/{person}.jpg",
+        "agnostic": f"agnostic-v3.2/{person}.jpg",
+        "mask": f"agnostic-mask/{person}_mask.png",
+        "pose": f"image-densepose/{person}.jpg",
+        "cloth": f"cloth/{cloth}.jpg",
+    }
 
 
 class VITONHD:
@@ -29,27 +50,22 @@ class VITONHD:
                 f"VITON-HD is incomplete, missing {', '.join(missing)}: download it from "
                 "github.com/shadow2496/VITON-HD (zip, unpacked here), or use --data toy."
             )
-        rows = [line.split() for line in pairs.read_text(encoding="utf-8").splitlines() if line.strip()]
-        broken = next((row for row in rows if len(row) != 2), None)
-        if broken:
-            raise UserError(f"{pairs}: a line is not 'person.jpg cloth.jpg': {' '.join(broken)}")
-        self.pairs = [(Path(person).stem, Path(person if paired else cloth).stem) for person, cloth in rows]
+        self.pairs = [(person, person if paired else cloth) for person, cloth in read_pairs(pairs)]
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict:
         person, cloth = self.pairs[index]
-        mask = self.open(f"agnostic-mask/{person}_mask.png", "L").point(lambda grey: 255 * (grey >= 128))
-        return {
-            "person_id": person,
-            "cloth_id": cloth,
-            "person": self.open(f"image/{person}.jpg"),
-            "agnostic": self.open(f"agnostic-v3.2/{person}.jpg"),
-            "mask": mask,
-            "pose": self.open(f"image-densepose/{person}.jpg"),
-            "cloth": self.open(f"cloth/{cloth}.jpg"),
-        }
+        path = files_of(person, cloth)
+        mask = self.open(path["mask"], "L").point(lambda grey: 255 * (grey >= 128))
+        pictures = {key: self.open(path[key]) for key in ("person", "agnostic", "pose", "cloth")}
+        return {"person_id": person, "cloth_id": cloth, "mask": mask, **pictures}
 
     def open(self, path: str, mode: str = "RGB") -> Image.Image:
         return open_image(self.folder / path, mode)
+
+    def missing(self) -> list[str]:
+        """The pictures that the pairs name and that are not there, relative to the root."""
+        paths = (path for pair in self.pairs for path in files_of(*pair).values())
+        return absent(self.root, (f"{self.folder.name}/{path}" for path in paths))

@@ -37,7 +37,7 @@ class MGD:
         item = self.photos[index]
         person, cloth = item["person_id"], item["cloth_id"]
         sketch = self.photos.open(self.sketch_of(person, cloth), "L")
-        return {**item, "sketch": sketch, "text": self.captions[cloth[:5]]}
+        return {**item, "sketch": sketch, "text": ", ".join(self.captions[cloth[:5]])}
 
     def sketch_of(self, person: str, cloth: str) -> str:
         """Where the sketch is, relative to the split's folder."""
@@ -52,9 +52,8 @@ class MGD:
         return self.photos.missing() + absent(self.photos.root, sketches)
 
 
-def read_chunks(file: Path) -> dict[str, str]:
-    """Cloth number -> its noun chunks, ", "-joined. Raises UserError if the file is damaged, or a cloth is not described by
-    texts, or described twice."""
+def read_chunks(file: Path) -> dict[str, list[str]]:
+    """Cloth number -> its noun chunks. Raises UserError if the file is damaged, or a cloth has none, or is there twice."""
     found = read_json(file)
     if not isinstance(found, dict):
         raise UserError(f"{file}: not an object of cloth -> texts")
@@ -62,4 +61,4 @@ def read_chunks(file: Path) -> dict[str, str]:
         whole = isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() for t in texts)
         if not whole:
             raise UserError(f"{file}: cloth {cloth} has no texts, or an empty one: {str(texts)[:100]}")
-    return {cloth: ", ".join(texts) for cloth, texts in found.items()}
+    return found

@@ -1,14 +1,32 @@
-"""Captions in three manners: they say what they must, and `named` reads from them exactly what they say."""
+"""Captions in three manners, and Fashion-IQ's texts of two garments: they say what they must, and what reads them finds it."""
 
 import hashlib
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from unifashion.data import toy
-from unifashion.data.texts import WORDS, caption, chunks, detailed, flat, named, professional, reader, tokens
+from unifashion.data.fashioniq import joined
+from unifashion.data.texts import (
+    WORDS,
+    adjectives,
+    caption,
+    change_phrases,
+    changes,
+    chunks,
+    detailed,
+    differences,
+    flat,
+    modification,
+    named,
+    noun_phrases,
+    professional,
+    reader,
+    tokens,
+)
 
 WRITERS = {
     "fashion200k": caption,
@@ -140,6 +158,95 @@ def test_the_chunks_of_mgd_are_read_too():
 def test_version_1_of_the_texts_stays_as_it_is(style, digest):
     said = "\n".join(text for _, text in written(style, 300))
     assert hashlib.sha256(said.encode()).hexdigest()[:16] == digest
+
+
+def test_two_annotators_name_every_difference_and_nothing_else():
+    seen = Counter()
+    for reference, target, captions in modified(2000):
+        wanted = {name: {getattr(target, name)} for name in differences(reference, target)}
+        own = [changes(text)[0] for text in captions]
+        said, before = changes(joined(captions))
+        assert own[0] and own[1], captions
+        assert said == wanted and all(x.items() <= wanted.items() for x in own), (wanted, captions)
+        assert all(values == {getattr(reference, name)} for name, values in before.items()), captions
+        seen[len(wanted), own[0] == said, own[1] == said] += 1
+    assert seen[1, True, True] > 100 and sum(seen[1, a, b] for a, b in ((True, False), (False, True))) == 0
+    assert sum(n for (k, a, b), n in seen.items() if k > 2 and not a and not b) > 500
+
+
+def test_what_differs_is_what_can_be_seen():
+    plain = toy.Garment("shirt", "red", "blue", "plain", "long", "v", "long")
+    striped = replace(plain, pattern="striped")
+    assert differences(plain, replace(plain, second="white")) == []
+    assert set(differences(plain, striped)) == {"pattern", "second"}  # its blue was not to be seen before
+    assert differences(striped, plain) == differences(striped, replace(plain, second="white")) == ["pattern"]
+    assert differences(striped, replace(striped, second="white")) == ["second"]
+    assert set(differences(plain, replace(striped, sleeve="short", colour="grey"))) == {
+        "pattern", "second", "sleeve", "colour"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="nothing differs"):
+        modification(plain, replace(plain, second="white"), np.random.default_rng(0))
+
+
+def test_every_phrase_of_a_difference_has_one_meaning():
+    values = {name: list(table) for name, table in WORDS["fashion200k"].items()} | {
+        "second": list(toy.PALETTE)
+    }
+    g, phrases = toy.Garment("shirt", "red", "blue", "plain", "long", "v", "long"), []
+    for attribute, options in values.items():
+        for value in options:
+            own = adjectives(replace(g, **{attribute: value}), attribute)
+            if attribute not in ("category", "colour", "length"):
+                own += noun_phrases(replace(g, **{attribute: value}), attribute)
+            assert own, (attribute, value)
+            phrases += [(phrase, {attribute: value}) for phrase in own]
+    assert len({phrase for phrase, _ in phrases}) == len(phrases)
+    assert all(change_phrases()[phrase.removeprefix("a ")] == meaning for phrase, meaning in phrases)
+
+
+def test_planted_errors_in_a_modification_are_read():
+    assert changes("is blue instead of red and has long sleeves") == (
+        {"colour": {"blue"}, "sleeve": {"long"}},
+        {"colour": {"red"}},
+    )
+    assert changes("It is green and is grey.")[0] == {"colour": {"green", "grey"}}
+    assert changes("has pink dots")[0] == {"second": {"pink"}, "pattern": {"dotted"}}
+    with pytest.raises(KeyError):
+        changes("is nicer")
+
+
+def test_modifications_are_short_varied_and_in_few_words():
+    texts = [text for _, _, captions in modified(2000) for text in captions]
+    assert np.percentile([len(text.split()) for text in texts], 95) <= 15
+    assert len({word for text in texts for word in tokens(text).split()}) <= 90
+    starts = Counter(text.split()[0] for text in texts)
+    assert all(starts[word] > 20 for word in ("is", "has", "it", "Is", "Has", "It"))
+    assert len(set(texts)) > 0.5 * len(texts)
+    again = [text for _, _, captions in modified(2000) for text in captions]
+    assert again == texts
+
+
+def test_version_1_of_the_modifications_stays_as_it_is():
+    said = "\n".join(text for _, _, captions in modified(300) for text in captions)
+    assert hashlib.sha256(said.encode()).hexdigest()[:16] == "3432d09cf436c756"
+
+
+def modified(n: int) -> list[tuple[toy.Garment, toy.Garment, tuple[str, str]]]:
+    """Pairs of one kind that share some attributes, and what is said of the second."""
+    rng, made = np.random.default_rng(4), []
+    for reference, target in zip(garments(n), garments(n + 1)[1:], strict=True):
+        shared = [
+            name for name in ("colour", "pattern", "second", "sleeve", "neckline") if rng.random() < 0.6
+        ]
+        shared += (
+            ["category", "length"]
+            if (reference.length in toy.TOP_LENGTHS) != (target.length in toy.TOP_LENGTHS)
+            else []
+        )
+        target = replace(target, **{name: getattr(reference, name) for name in shared})
+        if target.second in toy.SECOND[target.colour] and differences(reference, target):
+            made.append((reference, target, modification(reference, target, rng)))
+    return made
 
 
 def garments(n: int) -> list[toy.Garment]:

@@ -22,6 +22,7 @@ from unifashion.data import shops, toy
 from unifashion.data.body import POSE_HUES, Body, body_of, pose_parts
 from unifashion.data.cloth import pattern_cover
 from unifashion.data.drawing import apply
+from unifashion.data.fashioniq import joined
 from unifashion.data.texts import (
     CATEGORY_WORDS,
     LENGTH_WORDS,
@@ -29,7 +30,9 @@ from unifashion.data.texts import (
     PATTERN_WORDS,
     SLEEVE_WORDS,
     caption,
+    changes,
     chunks,
+    differences,
     named,
 )
 
@@ -313,6 +316,66 @@ def test_fashioniq_lists_every_picture_once_under_the_kind_of_its_garment(world)
     assert sorted(seen) == sorted(path.name for path in (folder / "images").iterdir())
 
 
+def test_triplets_compare_garments_of_a_kind_and_split_and_say_what_differs(world):
+    folder, shown = world / "fashioniq", READ["fashioniq"](world)
+    for split in toy.SPLITS:
+        worn = {f"B0{number:08d}": garment_said(text, "fashioniq-cap") for number, text, _ in shown[split]}
+        if split != "train":  # the texts say no second colour of plain garments: nobody sees it
+            assert len(worn) == len(rows(world, split))
+        targets = []
+        for kind in ("dress", "shirt", "toptee"):
+            pool = json.loads((folder / f"image_splits/split.{kind}.{split}.json").read_text())
+            for row in json.loads((folder / f"captions/cap.{kind}.{split}.json").read_text()):
+                assert {row["target"], row["candidate"]} <= set(pool)
+                target, reference = worn[row["target"]], worn[row["candidate"]]
+                said, before = changes(joined(row["captions"]))
+                assert set(said) == set(differences(reference, target)) and all(row["captions"])
+                assert all(values == {getattr(target, name)} for name, values in said.items())
+                assert all(values == {getattr(reference, name)} for name, values in before.items())
+                targets.append(row["target"])
+            if len(pool) > 2:  # everybody's turn to be a target, unless it is alone or has only twins
+                assert set(pool) <= set(targets)
+        assert len(set(targets)) == len(targets)
+
+
+def test_a_reference_looks_much_like_its_target_in_large_splits_and_in_small_ones():
+    differing = {}
+    for split, n in (("train", 1500), ("test", 600)):
+        rng = np.random.default_rng(n)
+        some = [toy.sample_garment(rng) for _ in range(n)]
+        found = shops.references(0, split, some)
+        assert len(found) == n and not any(i == j for i, j in enumerate(found))
+        assert all(shops.kind_of(some[i]) == shops.kind_of(some[j]) for i, j in enumerate(found))
+        counts = [len(differences(some[j], some[i])) for i, j in enumerate(found)]
+        differing[split] = np.bincount(counts, minlength=8)[:8] / n
+        assert min(counts) >= 1 and np.mean(counts) < 3
+        assert len(set(found)) > n / 3
+    assert np.abs(differing["train"] - differing["test"]).max() < 0.1
+    assert shops.references(0, "test", some) == found != shops.references(1, "test", some)
+
+
+def test_training_has_a_limited_number_of_triplets(monkeypatch):
+    monkeypatch.setattr(shops, "TRIPLETS", 5)
+    some = garments(30)
+    assert len(shops.references(0, "train", some)) == 5 and len(shops.references(0, "val", some)) == 30
+    twins = [replace(some[0], pattern="plain", second=second) for second in ("white", "red")]
+    assert shops.references(0, "val", twins) == [None, None] and shops.references(0, "val", []) == []
+
+
+def test_a_world_with_fashioniq_but_without_triplets_gets_them_and_nothing_else(world, tmp_path):
+    old = Path(shutil.copytree(world / "fashioniq", tmp_path / "old/fashioniq")).parent
+    for path in [world / "toy.json", *world.glob("attributes_*")]:
+        shutil.copy(path, old)
+    before = contents(world / "fashioniq")
+    times = {path: path.stat().st_mtime_ns for path in old.rglob("*.png")}
+    shutil.rmtree(old / "fashioniq/captions")
+    assert toy.part(old, "fashioniq", quiet=True) == old / "fashioniq"
+    assert contents(old / "fashioniq") == before
+    assert times == {path: path.stat().st_mtime_ns for path in old.rglob("*.png")}
+    toy.part(old, "fashioniq", quiet=True)
+    assert contents(old / "fashioniq") == before
+
+
 @pytest.mark.parametrize("add", [lambda root: toy.ensure(root, **SMALL), add_both], ids=["ensure", "part"])
 def test_a_world_from_before_gets_the_two_new_folders_and_keeps_its_bytes(world, tmp_path, add):
     pytest.importorskip("h5py")
@@ -388,7 +451,7 @@ def test_what_stops_a_part_does_not_wait_for_the_pictures_it_asked_for(world, tm
 
     monkeypatch.setattr(shops, "draw_product", slow)
     monkeypatch.setattr(Image.Image, "save", full)
-    monkeypatch.setitem(shops.PARTS, "fashioniq", (shops.write_fashioniq, 1, 6, 100))
+    monkeypatch.setitem(shops.OWN, "fashioniq", (6, 100))
     with pytest.raises(UserError, match="fashioniq cannot be made: no space left"):
         toy.part(old, "fashioniq", quiet=True)
     assert 1 <= drawn.value < 900  # of 1024 that were asked for: a few chunks were under way
@@ -396,13 +459,13 @@ def test_what_stops_a_part_does_not_wait_for_the_pictures_it_asked_for(world, tm
 
 
 def test_pictures_are_asked_for_a_slab_at_a_time_and_come_in_order(monkeypatch):
-    asked, views = [], [(g, i % 3) for i, g in enumerate(garments(7))]
+    asked, views = [], [(g, i % 3, (128, 96)) for i, g in enumerate(garments(7))]
     monkeypatch.setattr(shops, "SLAB", 3)
     with ThreadPoolExecutor(2) as pool:
-        pictures = shops.drawn(pool, (asked.append(view) or view for view in views), (128, 96))
+        pictures = shops.drawn(pool, shops.square, (asked.append(view) or view for view in views))
         for i, picture in enumerate(pictures):
             assert len(asked) == min(7, i // 3 * 3 + 3)
-            assert picture.tobytes() == shops.square((*views[i], (128, 96))).tobytes()
+            assert picture.tobytes() == shops.square(views[i]).tobytes()
     assert asked == views
 
 

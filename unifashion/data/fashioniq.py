@@ -1,7 +1,7 @@
 """Fashion-IQ in its original form, and the captions of its pictures, Fashion-IQ-Cap, as released with UniFashion.
 
 `captions/cap.{dress,shirt,toptee}.{split}.json`: a list of {"target": id, "candidate": id of the reference, "captions": [2]};
-in the split test without targets, which were never published.
+in the split test without targets, which were never published (ToyFashion's test has them).
 `image_splits/split.{category}.{split}.json`: the ids of a category's pictures, among which its targets are searched.
 `images/{id}.png` (or .jpg): the pictures.
 `next_llava.{split}.{category}.caption.json`: a list of {"image": id, "caption": text, "text_guidance": text}; of the original
@@ -30,14 +30,15 @@ class Triplet:
 
     category: str
     reference: str
-    target: str | None  # None in the split test
+    target: str | None  # None in the original's split test
     captions: tuple[str, str]
 
 
 class FashionIQ:
     """Items {"reference", "target": RGB, "captions": (2), "reference_id", "target_id", "category", "caption"}.
 
-    "caption" is the target's own, None if there is none; in the split test "target", "target_id" and "caption" are None.
+    "caption" is the target's own, None if there is none; where targets are kept secret, in the original's split test,
+    "target", "target_id" and "caption" are None.
 
     rows       all three categories' triplets, one after the other
     products   the target's id of each row
@@ -194,8 +195,12 @@ def read_triplets(file: Path, category: str, split: str) -> list[Triplet]:
         raise UserError(f"{file}: not a list of triplets")
     triplets = []
     for i, row in enumerate(rows):
-        ids = ("candidate",) if split == "test" else ("candidate", "target")
         captions = row.get("captions") if isinstance(row, dict) else None
+        ids = (
+            ("candidate",)
+            if captions and split == "test" and "target" not in row
+            else ("candidate", "target")
+        )
         if (
             not isinstance(captions, list)
             or len(captions) != 2

@@ -1,4 +1,4 @@
-"""ToyFashion's shops: FashionGen's HDF5 files, and Fashion-IQ's pictures with the captions of Fashion-IQ-Cap.
+"""ToyFashion's shops: FashionGen's HDF5 files, and Fashion-IQ's pictures and triplets with the captions of Fashion-IQ-Cap.
 
 In train they have garments of their own, twice and four times as many as the world, as every shop has; in val and test they
 show the world's, whose truth is known.
@@ -20,8 +20,8 @@ from tqdm import tqdm
 from unifashion import UserError
 from unifashion.data.cloth import Garment, draw_product
 from unifashion.data.fashiongen import need_h5py
-from unifashion.data.texts import choose, detailed, professional
-from unifashion.data.world import SPLITS, sample_garment, stream
+from unifashion.data.texts import choose, detailed, modification, professional
+from unifashion.data.world import ATTRIBUTES, SPLITS, sample_garment, stream
 
 # FashionGen's category and subcategory: one of each, so that test has the 101 products of one subcategory that
 # retrieval among 100 others takes.
@@ -34,14 +34,17 @@ SHOP_CATEGORIES = {
 }
 
 
-def garments_of(
-    seed: int, rows: dict[str, list[dict]], split: str, purpose: int, times: int
-) -> list[Garment]:
-    """The garments of a part: in val and test the world's own; in train others, `times` as many, of `purpose`'s stream."""
-    if split != "train":
-        return [Garment(**row["garment"]) for row in rows[split]]
+# The stream of a shop's own training garments, and how many times as many as the world's they are.
+OWN = {"fashiongen": (5, 2), "fashioniq": (6, 4)}
+
+
+def garments_of(shop: str, settings: dict, rows: dict[str, list[dict]]) -> dict[str, list[Garment]]:
+    """What a shop has, by split: in val and test the world's own garments, in train others."""
+    purpose, times = OWN[shop]
+    garments = {split: [Garment(**row["garment"]) for row in rows[split]] for split in SPLITS}
     n = times * len(rows["train"])
-    return [sample_garment(stream(seed, "train", i, purpose), "train") for i in range(n)]
+    own = [sample_garment(stream(settings["seed"], "train", i, purpose), "train") for i in range(n)]
+    return garments | {"train": own}
 
 
 def square(job: tuple[Garment, int, tuple[int, int]]) -> Image.Image:
@@ -70,12 +73,14 @@ def shop_entry(g: Garment, number: int, rng: np.random.Generator) -> dict:
     }
 
 
-def write_fashiongen(
-    folder: Path, settings: dict, garments: dict[str, list[Garment]], draw: Callable
-) -> None:
+def write_fashiongen(folder: Path, settings: dict, rows: dict[str, list[dict]], draw: Callable) -> None:
     """FashionGen's files in `folder`, three consecutive rows a garment. Raises UserError if h5py is not installed."""
-    h5py = need_h5py()
+    h5py, garments = need_h5py(), garments_of("fashiongen", settings, rows)
     number = 90_000_000
+    shown = [
+        (g, view, settings["size"]) for own in map(garments.get, SPLITS) for g in own for view in range(3)
+    ]
+    views = draw(square, shown)
     for split, name in zip(SPLITS, ("train", "validation", "test"), strict=True):
         if not garments[split]:
             continue
@@ -102,23 +107,81 @@ def write_fashiongen(
                 compression_opts=1,
                 track_times=False,
             )
-            for i, picture in enumerate(draw((g, view) for g in garments[split] for view in range(3))):
-                pictures[i] = np.asarray(picture)
+            for i in range(len(pictures)):
+                pictures[i] = np.asarray(next(views))
 
 
-def write_fashioniq(folder: Path, settings: dict, garments: dict[str, list[Garment]], draw: Callable) -> None:
+KINDS = ("dress", "shirt", "toptee")  # Fashion-IQ's categories
+TRIPLETS = 16_000  # of training at most
+SEEN, NEAREST = 200, 8  # garments that a reference is looked for among, and those of them that may become it
+
+
+def kind_of(g: Garment) -> str:
+    return g.category if g.category in KINDS else "toptee"
+
+
+def references(seed: int, split: str, garments: list[Garment]) -> list[int | None]:
+    """For each garment the index of another, of its kind, beside which it can be described: it looks much alike, not wholly.
+
+    It is one of the 8 that differ in the fewest attributes, of 200 garments: not of all, so that as much differs in a
+    large training split as in a small test split. None where there is nothing else of the kind. In train only the first
+    16,000 get one.
+    """
+    if not garments:
+        return []
+    looks = np.array([[ATTRIBUTES[name].index(value) for name, value in vars(g).items()] for g in garments])
+    names = list(Garment.__dataclass_fields__)
+    second, plain = names.index("second"), ATTRIBUTES["pattern"].index("plain")
+    kinds = np.array([kind_of(g) for g in garments])
+    members = {kind: np.flatnonzero(kinds == kind) for kind in KINDS}
+    found: list[int | None] = []
+    for i in range(min(len(garments), TRIPLETS if split == "train" else len(garments))):
+        rng = stream(seed, split, i, 7)
+        same = members[kinds[i]]
+        seen = same if len(same) <= SEEN else same[rng.integers(len(same), size=SEEN)]
+        other = looks[seen] != looks[i]
+        other[:, second] &= looks[i, names.index("pattern")] != plain  # else it is not to be seen
+        count = other.sum(1)
+        order = rng.permutation(len(seen))
+        order = order[np.argsort(count[order], kind="stable")]
+        near = order[count[order] > 0][:NEAREST]
+        found.append(int(seen[near[int(rng.integers(len(near)))]]) if len(near) else None)
+    return found
+
+
+def write_triplets(folder: Path, settings: dict, rows: dict[str, list[dict]], draw: Callable) -> None:
+    """Fashion-IQ's captions in `folder`: of each picture as target, beside a reference, by two annotators.
+
+    The split test has targets, which the original keeps to itself.
+    """
+    garments, seed, first = garments_of("fashioniq", settings, rows), settings["seed"], 0
+    for split in SPLITS:
+        triplets: dict[str, list[dict]] = {kind: [] for kind in KINDS}
+        for i, j in enumerate(references(seed, split, garments[split])):
+            if j is None:
+                continue
+            reference, target = garments[split][j], garments[split][i]
+            captions = modification(reference, target, stream(seed, split, i, 8))
+            names = {"target": f"B0{first + i:08d}", "candidate": f"B0{first + j:08d}"}
+            triplets[kind_of(target)].append(names | {"captions": captions})
+        first += len(garments[split])
+        for kind, items in triplets.items():
+            (folder / f"cap.{kind}.{split}.json").write_text(json.dumps(items, indent=4))
+
+
+def write_fashioniq(folder: Path, settings: dict, rows: dict[str, list[dict]], draw: Callable) -> None:
     """Fashion-IQ's pictures and splits in `folder`, and Fashion-IQ-Cap's captions."""
     (folder / "image_splits").mkdir()
     (folder / "images").mkdir()
-    number = 0
+    garments, number = garments_of("fashioniq", settings, rows), 0
+    shown = [(g, i % 3, settings["size"]) for own in map(garments.get, SPLITS) for i, g in enumerate(own)]
+    views = draw(square, shown)
     for split in SPLITS:
-        captions: dict[str, list[dict]] = {"dress": [], "shirt": [], "toptee": []}
-        views = draw((g, i % 3) for i, g in enumerate(garments[split]))
-        for i, (g, picture) in enumerate(zip(garments[split], views, strict=True)):
+        captions: dict[str, list[dict]] = {kind: [] for kind in KINDS}
+        for i, g in enumerate(garments[split]):
             text = "\n" + detailed(g, stream(settings["seed"], split, i, 4))
-            kind = g.category if g.category in captions else "toptee"
-            captions[kind].append({"image": f"B0{number:08d}", "caption": text, "text_guidance": ""})
-            picture.save(folder / "images" / f"B0{number:08d}.png")
+            captions[kind_of(g)].append({"image": f"B0{number:08d}", "caption": text, "text_guidance": ""})
+            next(views).save(folder / "images" / f"B0{number:08d}.png")
             number += 1
         for kind, items in captions.items():
             names = [item["image"] for item in items]
@@ -126,52 +189,55 @@ def write_fashioniq(folder: Path, settings: dict, garments: dict[str, list[Garme
             (folder / f"next_llava.{split}.{kind}.caption.json").write_text(json.dumps(items, indent=4))
 
 
-# Writer, pictures a garment, the stream of its training garments, and how many times as many as the world's own.
-PARTS = {"fashiongen": (write_fashiongen, 3, 5, 2), "fashioniq": (write_fashioniq, 1, 6, 4)}
+# Folders of a world that may be missing, and who writes them: those within another come after it.
+PARTS: dict[str, Callable] = {
+    "fashiongen": write_fashiongen,
+    "fashioniq": write_fashioniq,
+    "fashioniq/captions": write_triplets,
+}
 SLAB = 1024  # pictures asked for at a time
 
 
-def drawn(
-    pool: Executor, views: Iterable[tuple[Garment, int]], size: tuple[int, int]
-) -> Iterator[Image.Image]:
-    """`square` of each (garment, view), in their order, at most SLAB ahead of who takes them: memory stays small."""
-    jobs = ((g, view, size) for g, view in views)
+def drawn(pool: Executor, work: Callable, jobs: Iterable[tuple]) -> Iterator:
+    """`work` of each job, in their order, at most SLAB ahead of who takes them: memory stays small."""
+    jobs = iter(jobs)
     while slab := list(islice(jobs, SLAB)):
-        yield from pool.map(square, slab, chunksize=16)
+        yield from pool.map(work, slab, chunksize=16)
 
 
 def part(root: str | Path, name: str, quiet: bool = False, workers: int = 2) -> Path:
-    """The folder `name` ("fashiongen" or "fashioniq") of the world at `root`; if it is missing, it is drawn.
+    """The folder `name` ("fashiongen" or "fashioniq") of the world at `root`; what is missing of it is drawn.
 
     In val and test it shows the garments of the world, in train others. It is made under another name and renamed.
     Raises UserError if h5py is missing for fashiongen, or `root` holds no world or cannot be written to.
     """
-    root = Path(root)
-    if (root / name).is_dir() or name not in PARTS:  # the readers of the others say what they lack
-        return root / name
+    for path in PARTS:
+        if path.split("/")[0] == name and not Path(root, path).is_dir():
+            draw_part(Path(root), path, quiet, workers)
+    return Path(root, name)  # the readers of others say what they lack
+
+
+def draw_part(root: Path, name: str, quiet: bool, workers: int) -> None:
     if not (root / "toy.json").is_file():
         raise UserError(f"{root} holds no ToyFashion: python -m unifashion.data.toy --out {root} draws it")
     if name == "fashiongen":
         need_h5py()
     temporary = root / f"{name}.part-{os.getpid()}"
     pool = ProcessPoolExecutor(max(1, workers))
+
+    def draw(work: Callable, jobs: list[tuple]) -> Iterator:
+        with tqdm(desc=f"drawing {name}", total=len(jobs), disable=quiet) as bar:
+            for picture in drawn(pool, work, jobs):
+                bar.update()
+                yield picture
+
     try:
         settings = json.loads((root / "toy.json").read_text())
         lines = {split: (root / f"attributes_{split}.jsonl").read_text().splitlines() for split in SPLITS}
         rows = {split: [json.loads(line) for line in lines[split]] for split in SPLITS}
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        write, views, purpose, times = PARTS[name]
-        garments = {s: garments_of(settings["seed"], rows, s, purpose, times) for s in SPLITS}
-        total = views * sum(map(len, garments.values()))
-        with tqdm(desc=f"drawing {name}", total=total, disable=quiet) as bar:
-
-            def draw(shown: Iterable[tuple[Garment, int]]) -> Iterator[Image.Image]:
-                for picture in drawn(pool, shown, settings["size"]):
-                    bar.update()
-                    yield picture
-
-            write(temporary, settings, garments, draw)
+        PARTS[name](temporary, settings, rows, draw)
         temporary.rename(root / name)
     except (OSError, ValueError) as error:
         if not (root / name).is_dir():  # else another process was faster
@@ -179,12 +245,11 @@ def part(root: str | Path, name: str, quiet: bool = False, workers: int = 2) -> 
     finally:
         pool.shutdown(cancel_futures=True)  # else what stops the writer waits for all that was asked for
         shutil.rmtree(temporary, ignore_errors=True)
-    return root / name
 
 
 def add_parts(root: Path, quiet: bool, workers: int) -> None:
-    """Both parts, as far as they can be drawn here: without one of them a world is of use all the same."""
-    for name in PARTS:
+    """Every part, as far as it can be drawn here: without one of them a world is of use all the same."""
+    for name in dict.fromkeys(path.split("/")[0] for path in PARTS):
         try:
             part(root, name, quiet, workers)
         except UserError as error:

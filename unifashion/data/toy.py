@@ -15,13 +15,13 @@ garments are never seen in training. Because the world is drawn, the truth is kn
                                     truth-mask/ of the same name, where it shows that cloth
     fashiongen/                     FashionGen's HDF5 files: three views on a white square, title and description.
                                     Left out where h5py is not installed
-    fashioniq/                      Fashion-IQ's image_splits/ and images/, one view a garment on a white square, and
-                                    Fashion-IQ-Cap's captions, of all splits
+    fashioniq/                      Fashion-IQ's image_splits/, images/, one view a garment on a white square, and captions/,
+                                    the triplets, in test with their targets; and Fashion-IQ-Cap's captions, of all splits
 
 In train the last two have garments of their own, twice and four times as many as the world, as every shop has; in val
 and test they show the world's, whose truth is known, in its order. Their ids are running numbers.
 
-Worlds of version 1 that were drawn before fashiongen/ and fashioniq/ existed get them from `ensure` or `part`.
+Worlds of version 1 that were drawn before fashiongen/, fashioniq/ or its captions/ existed get them from `ensure` or `part`.
 """
 
 import json
@@ -184,8 +184,8 @@ def ensure(
 ) -> Path:
     """Draw the world under `root` unless it is there already; returns `root`.
 
-    It is drawn beside `root` and renamed at the end, so a folder with this name is always complete. Only fashiongen/
-    and fashioniq/ may be missing: those are added where they can be, else a note on stderr says why not.
+    It is drawn beside `root` and renamed at the end, so a folder with this name is always complete. Only what is in
+    `shops.PARTS` may be missing: that is added where it can be, else a note on stderr says why not.
     Raises UserError if `root` holds a world of other settings, or something else.
     """
     root = Path(root).resolve()

@@ -1,274 +1,339 @@
-"""Phase 2, composed multimodal fine-tuning (Sec. 3.2).
+"""Phase 2, composed multimodal fine-tuning (Sec. 3.2): one Q-Former for every task, which are mixed step by step.
 
-    tryon   q2I of a person in a garment   Eq. 7, 12, Fig. 3   adapters, U-Net and garment encoder learn
+retrieval  L_cross of pictures and their texts       Eq. 5          so that search is not forgotten
+cir        reference + modification text -> target   Eq. 9-13       composed retrieval, its caption, its picture
+caption    ITG of a picture's text from Z_I          Eq. 6          the LLM is frozen: the Q-Former learns to be read
+tryon      q2I of a person in a garment              Eq. 7, Fig. 3  try-on and design: adapters, U-Net, garment encoder learn, too
 
-Try-on and design are one task: for each sample one condition is drawn, and the Q-Former reads what the garment encoder
-reads: the cloth photo, or the sketch, with the text or without. The Q-Former is frozen here.
+    python train_phase2.py --data fashiongen fashioniq vitonhd --init runs/phase1/generate --out runs/phase2
+    torchrun --nproc-per-node 8 train_phase2.py --shard --data fashiongen fashioniq mgd --init runs/phase1/generate --out runs/phase2
 
-    python train_phase2.py --data vitonhd mgd --task tryon --init runs/generate --out runs/tryon
-
-The defaults are the paper's, of the full size; README has the flags that the tiny preset was trained with.
+Each task has as many steps as it would have alone, spread evenly over the run. `--without` leaves out parts of Eq. 13 for the
+rows of Table 5: itg,q2i,caption is its Base, q2i,caption +LLM, q2i +LLM with captions.
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from unifashion import Parser, UserError, diffusion, runs, training
+from unifashion import Parser, UserError, feed, objectives, parallel, runs, training
 from unifashion.config import PRESETS, UniFashionConfig
-from unifashion.data.mgd import MGD
-from unifashion.data.vitonhd import VITONHD
-from unifashion.model import UniFashion, start_adapter
-from unifashion.tokenizers import WordPiece, blip_caption
-from unifashion.tryon import garment_tensors, person_tensors, unet_picture
-from weights.load import PUBLIC_PARTS, company, load_public, tokenizer
+from unifashion.data.readers import DATA_SETS
+from unifashion.model import UniFashion
+from unifashion.samples import (
+    COMPOSED,
+    PERSONS,
+    TEXTS,
+    Answers,
+    Pairs,
+    Scenes,
+    Triplets,
+    names,
+    open_data,
+    products,
+)
+from unifashion.tokenizers import SentencePiece, WordPiece
+from weights.load import PUBLIC_PARTS, company, llm_tokenizer, load_public, tokenizer
 
-TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
-    "tryon": ["image_adapter.*", "style_adapter.*", "null_context", "unet.*", "garment.*"],
+QFORMER = ["qformer.*"]  # with ln_vision, query tokens, projections, ITM head, temperature
+DRAWS = ["image_adapter.*", "style_adapter.*", "null_context", "unet.*", "garment.*"]
+TRAINABLE = {  # everything else is frozen, the LLM with its LoRA and adapter always; a test holds every parameter to this
+    "retrieval": QFORMER,
+    "cir": QFORMER,
+    "caption": QFORMER,
+    "tryon": [*QFORMER, *DRAWS],
 }
-DEFAULTS = {  # the paper's appendix B
-    "tryon": {
-        "batch_size": 32,
-        "lr": 1e-4,
-        "epochs": None,
-        "steps": 360_000,
-        "weight_decay": 0.01,
-        "betas": (0.9, 0.999),
+TASKS = {  # data, the frozen half, the losses
+    "retrieval": (TEXTS, objectives.encode_picture, objectives.cross),
+    "cir": (COMPOSED, objectives.encode_composed, objectives.composed),
+    "caption": (TEXTS, objectives.encode_picture, objectives.caption),
+    "tryon": (PERSONS, objectives.encode_tryon, objectives.tryon),
+}
+PARTS = ("itg", "q2i", "caption")  # of Eq. 13, which --without leaves out
+# AdamW of the Q-Former is the official code's, that of what draws the paper's appendix B, which has a fixed rate.
+ADAMW = {
+    "qformer": {"weight_decay": 0.05, "betas": (0.9, 0.98)},
+    "draws": {"weight_decay": 0.01, "betas": (0.9, 0.999)},
+}
+WARMUP = 0.05  # of the Q-Former's cosine
+# lr is the Q-Former's, of tryon that of what draws. Epochs and batches are the official code's, of tryon the paper's.
+DEFAULTS = {
+    "full": {
+        "retrieval": {"batch_size": 128, "lr": 2e-5, "epochs": 10, "steps": None},
+        "cir": {"batch_size": 128, "lr": 2e-5, "epochs": 15, "steps": None},
+        "caption": {"batch_size": 32, "lr": 2e-5, "epochs": 2, "steps": None},
+        "tryon": {"batch_size": 32, "lr": 1e-4, "epochs": None, "steps": 360_000},
+    },
+    "tiny": {
+        "retrieval": {"batch_size": 64, "lr": 3e-4, "epochs": None, "steps": 2000},
+        "cir": {"batch_size": 64, "lr": 3e-4, "epochs": None, "steps": 4000},
+        "caption": {"batch_size": 32, "lr": 3e-4, "epochs": None, "steps": 2000},
+        "tryon": {"batch_size": 16, "lr": 1e-3, "epochs": None, "steps": 24_000},
     },
 }
-# What the Q-Former and the garment encoder may be given, and how often, where a data set has sketches and texts.
-CONDITIONS = {"cloth": 0.3, "cloth+text": 0.1, "sketch+text": 0.5, "sketch": 0.1}
-# Left out at random. context: for guidance, as latent diffusion does; pose: infer.py may have none; hint: a garment that
-# only the Q-Former read. The paper gives no numbers.
-DROP = {"context": 0.2, "pose": 0.1, "hint": 0.1}
 
 
-class Scenes(Dataset):
-    """A person, what is kept of it, and every condition, as tensors."""
+class Mix:
+    """Which task has its turn: of step s, the one that is furthest behind its share of s + 1 steps."""
 
-    def __init__(self, data: Dataset, cfg: UniFashionConfig, words: WordPiece) -> None:
-        self.data, self.cfg, self.words = data, cfg, words
+    def __init__(self, steps: dict[str, int]) -> None:
+        self.steps, self.total = steps, sum(steps.values())
+        self.done = dict.fromkeys(steps, 0)
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def clothes(self) -> list[str]:
-        return [cloth for part in self.data.datasets for _, cloth in pairs_of(part)]
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        item = self.data[i]
-        sketched = "sketch" in item
-        cloth = garment_tensors(item["cloth"], False, self.cfg)
-        sketch = garment_tensors(item["sketch"].convert("RGB"), True, self.cfg) if sketched else cloth
-        ids, mask = self.words.encode([blip_caption(item.get("text", ""))], self.cfg.qformer.max_text)
-        odds = list(CONDITIONS.values()) if sketched else [1.0, 0.0, 0.0, 0.0]
-        return {
-            "person": unet_picture(item["person"], self.cfg),
-            **person_tensors(item["person"], item["mask"], item["pose"], self.cfg),
-            "hints": torch.stack([cloth["hint"], sketch["hint"]]),
-            "pictures": torch.stack([cloth["picture"], sketch["picture"]]),
-            "ids": ids[0],
-            "text_mask": mask[0],
-            "odds": torch.tensor(odds),
-        }
+    def next(self) -> str:
+        s = sum(self.done.values()) + 1
+        task = max(self.steps, key=lambda t: self.steps[t] * s / self.total - self.done[t])
+        self.done[task] += 1
+        return task
 
 
-@torch.no_grad()
-def encode_tryon(model: UniFashion, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The frozen half: latents, and Z for each of CONDITIONS, in their order."""
-    mean, logvar = model.vae.moments(batch["person"])
-    cloth, sketch = (model.see(p) for p in batch["pictures"].unbind(1))
-    texts = {"ids": batch["ids"], "mask": batch["text_mask"]}
-    z = [
-        model.qformer(seen, **t)[0]
-        for seen, t in ((cloth, {}), (cloth, texts), (sketch, texts), (sketch, {}))
-    ]
-    cloth, sketch = (model.vae.encode(h) for h in batch["hints"].unbind(1))
-    return {
-        "mean": mean,
-        "logvar": logvar,
-        "agnostic": model.vae.encode(batch["agnostic"]),
-        "keep": batch["keep"],
-        "pose": model.vae.encode(batch["pose"]),
-        "z": torch.stack(z, dim=1),
-        "hints": torch.stack([cloth, cloth, sketch, sketch], dim=1),
-        "odds": batch["odds"],
-    }
-
-
-def tryon_losses(
-    model: UniFashion, batch: dict[str, Tensor], seed: int, step: int, progress: float
-) -> dict[str, Tensor]:
-    b, shape, device = len(batch["mean"]), batch["mean"].shape[1:], batch["mean"].device
-    generator = training.seeded("tryon", seed, step)
-    draw = lambda: torch.randn(b, *shape, generator=generator).to(device)  # noqa: E731
-    kept = {name: (torch.rand(b, generator=generator) >= p).to(device) for name, p in DROP.items()}
-    chosen = torch.multinomial(batch["odds"], 1, generator=generator)[:, 0].to(device)
-    row = torch.arange(b, device=device)
-
-    x0 = model.vae.sample(batch["mean"], batch["logvar"], draw())
-    t = torch.randint(0, diffusion.TIMESTEPS, (b,), generator=generator).to(device)
-    noise = draw()
-    scene = model.scene(batch["agnostic"], batch["keep"], batch["pose"] * kept["pose"][:, None, None, None])
-    context = model.drop_context(model.image_adapter(batch["z"][row, chosen]), kept["context"])
-    x = diffusion.q_sample(x0, t, noise)
-    e = model.predict_noise(x, t, scene, context, batch["hints"][row, chosen], kept["hint"].to(x.dtype))
-    return {"q2I": model.q2i(e, noise, t)}
-
-
-TASKS = {"tryon": (encode_tryon, tryon_losses)}
-
-
-def open_data(names: list[str]) -> Dataset:
-    """NAME[=PATH] for each data set -> all of them, one after the other."""
-    parts: list[Dataset] = []
-    for name, path in (training.name_and_path(n, ("toy", "vitonhd", "mgd")) for n in names):
-        if name == "toy":
-            path = training.toy_folder(path) / "vitonhd"
-        parts.append(VITONHD(path, "train") if name == "vitonhd" else MGD(path, "train"))
-    return ConcatDataset(parts)
-
-
-def pairs_of(part: VITONHD | MGD) -> list[tuple[str, str]]:
-    return part.photos.pairs if isinstance(part, MGD) else part.pairs
-
-
-def train(task: str, args: argparse.Namespace) -> bool:
+def train(args: argparse.Namespace) -> bool:
     """-> whether it came to its end: False after Ctrl-C."""
-    hparams = {
-        k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in DEFAULTS[task].items()
-    }
-    encode, loss_of = TASKS[task]
-    device, out = training.pick_device(args.device), args.out
+    defaults, cfg, out = DEFAULTS[args.preset], PRESETS[args.preset], args.out
+    device = parallel.join(training.pick_device(args.device))
+    training.plain_attention(device, args.dtype)
     runs.check_out(out, args.resume)
     before = runs.asked_before(out, args.resume)
     init = args.init or before.get("init")
+    data = open_tasks(args)
+    tasks, accumulate = list(data), args.accumulate
+    hparams = {
+        t: {k: getattr(args, k) if getattr(args, k, None) is not None else v for k, v in defaults[t].items()}
+        for t in tasks
+    }
+    lr = {
+        "qformer": next((hparams[t]["lr"] for t in tasks if t != "tryon"), defaults["cir"]["lr"]),
+        "draws": hparams.get("tryon", defaults["tryon"])["lr"],
+    }
+    size = {t: hparams[t]["batch_size"] for t in tasks}
+    for task in {"retrieval", "cir"} & set(tasks):
+        if size[task] < 2:
+            raise UserError(f"--batch-size is 1: {task} compares the samples of a batch, 2 at least")
+    b = {t: parallel.share(size[t]) for t in tasks}
 
+    writes = "caption" in tasks or ("cir" in tasks and "itg" not in args.without)
+    draws = "tryon" in tasks or ("cir" in tasks and "q2i" not in args.without)
     words = tokenizer(args.preset, args.weights)
-    scenes = Scenes(open_data(args.data), PRESETS[args.preset], words)
-    train_set, val_set = (Subset(scenes, part) for part in training.held_out(scenes.clothes()))
-    size, accumulate = hparams["batch_size"], args.accumulate
-    steps = training.planned_steps(args, hparams, len(train_set), before)
+    llm_words = llm_tokenizer(args.preset, args.weights) if writes else None
+    train_set, val_set, told, steps = {}, {}, {}, {}
+    for task in tasks:
+        samples, held, told[task] = samples_of(task, data[task], cfg, words, llm_words, args.without)
+        samples = feed.Sound(samples, out / f"skipped.{task}.txt", args.allow_missing)
+        train_set[task], val_set[task] = (Subset(samples, part) for part in feed.held_out(held))
+        asked = {"steps": before["task_steps"][task]} if before else {}
+        steps[task] = training.planned_steps(args, hparams[task], len(train_set[task]), asked)
+    total = sum(steps.values())
 
-    torch.manual_seed(args.seed)  # what no file holds starts random
-    model = load_public(args.preset, args.weights, device)
+    torch.manual_seed(args.seed)
+    llm_dtype = training.compute_dtype(device, args.dtype)  # what is frozen needs no float32
+    model = load_public(args.preset, args.weights, device, draws=draws, writes=writes, llm_dtype=llm_dtype)
+    if args.preset == "full":
+        training.checkpointing(model)
     fresh = not runs.has_checkpoint(out)  # else the checkpoint holds all of what follows
     modules = runs.load_learned(model, runs.model_file(Path(init))) if fresh and init else []
-    if fresh and "qformer" not in {*modules, *PUBLIC_PARTS[args.preset]}:
-        raise UserError(
-            f"of preset {args.preset} no file holds a Q-Former: --init wants a run of stage align or later"
-        )
-    if model.garment.untrained:  # a run that goes on loads what it had over this
-        model.garment.start_from(model.unet.encoder, model.unet.time_embed)
-    parameters = training.set_trainable(model, TRAINABLE[task])
-    training.train_mode(model, parameters)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=hparams["lr"], betas=hparams["betas"], weight_decay=hparams["weight_decay"]
-    )
-
-    runs.start_run(
-        out,
-        {
-            **vars(args),
-            **hparams,
-            "stage": task,  # the name that phase 1 uses: neither goes on with the other's run
-            "steps": steps,
-            "init": init,
-            "company": company(args.preset, args.weights),
-        },
-        args.resume,
-    )
-
-    def feed(data: Dataset, order: Iterator[list[int]], cache: bool) -> Iterator[dict[str, Tensor]]:
-        # The odds stay: what is drawn is drawn on the CPU, and to fetch them would wait for the device.
-        to_device = lambda batch: {k: v if k == "odds" else v.to(device) for k, v in batch.items()}  # noqa: E731
-        see = lambda batch: encode(model, to_device(batch))  # noqa: E731
-        return map(to_device, training.batches(data, order, see, cache, args.workers))
-
-    if fresh and "image_adapter" not in modules:
-        few = training.batch_order(len(train_set), size, args.seed, 0, 8)
-        with training.autocast(device, args.dtype):
-            start_adapter(
-                model.image_adapter, torch.cat([batch["z"] for batch in feed(train_set, few, False)])
+    for part, stage, needed in (
+        ("qformer", "align", True),
+        ("text_adapter", "caption", writes),
+        ("image_adapter", "generate", draws),
+    ):
+        if fresh and needed and part not in {*modules, *PUBLIC_PARTS[args.preset]}:
+            raise UserError(
+                f"of preset {args.preset} no file holds a trained {part}: --init wants a run of train_phase1.py, "
+                f"stage {stage} or later"
             )
-    ema = training.EMA(parameters)
+    if draws and model.garment.untrained:  # a run that goes on loads what it had over this
+        model.garment.start_from(model.unet.encoder, model.unet.time_embed)
+    config = {
+        **vars(args),
+        **{f"{t} {k}": v for t in tasks for k, v in hparams[t].items() if k in ("batch_size", "lr")},
+        "stage": "phase2",  # the name that phase 1 uses: neither goes on with the other's run
+        "task": tasks,
+        "steps": total,
+        "task_steps": steps,
+        "init": init,
+        "company": company(args.preset, args.weights),
+    }
+    runs.start_run(out, config, args.resume)
+    if args.shard and parallel.world() > 1:
+        parallel.shard(model.shards(), ("kv",))
+
+    table = {t: [p for p in TRAINABLE[t] if not (args.freeze_diffusion and p == "unet.*")] for t in tasks}
+    parameters = training.set_trainable(model, sorted({p for t in tasks for p in table[t]}))
+    training.train_mode(model, parameters)
+    paints = {name: p for name, p in parameters.items() if not name.startswith("qformer.")}
+    slow = {"qformer.temp": parameters["qformer.temp"]}  # a sharper one starves ITM beside ITC
+    reads = {name: p for name, p in parameters.items() if name not in {**paints, **slow}}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(reads.values()), "lr": lr["qformer"], "peak": lr["qformer"], **ADAMW["qformer"]},
+            {"params": list(slow.values()), "peak": min(lr["qformer"], 2e-5), **ADAMW["qformer"]},
+            {"params": list(paints.values()), "peak": None, "lr": lr["draws"], **ADAMW["draws"]},
+        ],
+        foreach=False if args.shard else None,  # which cannot have shards beside whole tensors
+    )
+    ema = training.EMA(paints) if paints else None
     state = {"step": 0, "best": float("inf"), "modules": modules}
     if args.resume:
         state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, ema)
     modules = sorted({*state["modules"], *map(runs.part_of, parameters)})
 
-    def evaluate() -> float:
-        model.eval()
-        order = training.batch_order(len(val_set), min(size, len(val_set)), 0, 0, 4)
-        with torch.no_grad(), training.autocast(device, args.dtype):
-            values = [
-                sum(loss_of(model, b, 0, i, 1.0).values()) for i, b in enumerate(feed(val_set, order, False))
-            ]
-        eight = iter([list(range(min(8, len(val_set))))])
-        draw_samples(model, next(feed(val_set, eight, False)), out / "samples" / f"{state['step']:06}.png")
-        training.train_mode(model, parameters)
-        return float(torch.stack(values).mean())
+    losses_of = {t: TASKS[t][2] for t in tasks}
+    if "cir" in tasks:
+        losses_of["cir"] = partial(objectives.composed, without=tuple(args.without))
 
-    order = training.batch_order(
-        len(train_set), size, args.seed, state["step"] * accumulate, steps * accumulate
-    )
-    stream = feed(train_set, order, args.cache)
-    stop = training.Stop()
-    bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=task, mininterval=1)
-    clock, logged = time.perf_counter(), state["step"]
+    def stream(
+        task: str, part: Dataset, order: Iterator[list[int]], cache: dict | None = None
+    ) -> Iterator[dict]:
+        encode = partial(TASKS[task][1], model)
+        return feed.stream(part, order, encode, device, cache, args.workers)
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        """The geometric mean of the tasks' losses on what is held out: each counts by its own scale."""
+        model.eval()
+        values = []
+        for task in tasks:
+            part, few = val_set[task], min(size[task], len(val_set[task])) // parallel.world()
+            order = feed.batch_order(len(part), few * parallel.world(), 0, 0, 4)
+            with training.autocast(device, args.dtype):
+                losses = [
+                    sum(
+                        losses_of[task](
+                            model, batch, training.Lots(f"val {task}", 0, i, few, device), 1.0
+                        ).values()
+                    )
+                    for i, batch in enumerate(stream(task, part, order))
+                ]
+                if task in ("caption", "tryon"):
+                    eight = next(feed.batch_order(len(part), min(8, len(part)), 0, 0, 1))
+                    batch = next(stream(task, part, iter([eight * parallel.world()])))  # in every process
+                    path = out / "samples" / f"{state['step']:06}"
+                    if task == "caption":
+                        z = objectives.z_i(model, batch)
+                        runs.save_captions(model, llm_words, z, batch, path.with_suffix(".txt"))
+                    else:
+                        draw_samples(model, batch, path.with_suffix(".png"))
+            values.append(float(parallel.mean(torch.stack(losses)).mean()))
+            runs.log_line(out, step=state["step"] - 1, **{f"val {task}": values[-1]})
+        training.train_mode(model, parameters)
+        return math.exp(sum(map(math.log, values)) / len(values))
+
+    mix = Mix(steps)
+    for _ in range(state["step"]):
+        mix.next()
+    feeders = {}
+    for task in tasks:
+        first, last = mix.done[task] * accumulate, steps[task] * accumulate
+        order = feed.batch_order(len(train_set[task]), size[task], args.seed, first, last)
+        feeders[task] = stream(task, train_set[task], order, {} if args.cache else None)
+    stop, watch = training.Stop(), runs.Watch(out, told, device)
+    bar = tqdm(
+        range(state["step"], total), initial=state["step"], total=total, mininterval=1, desc="+".join(tasks),
+        disable=parallel.rank() > 0,
+    )  # fmt: skip
+    clock, logged, shown = time.perf_counter(), state["step"], {}
     for step in bar:
+        task = mix.next()
+        for group in optimizer.param_groups:
+            if group["peak"] is not None:
+                group["lr"] = group["peak"] * training.cosine(step, total, warmup=max(1, int(total * WARMUP)))
+        for p in paints.values():  # other tasks draw, too, but only the Q-Former learns by it
+            p.requires_grad_(task == "tryon")
+        learning = list(parameters.values() if task == "tryon" else {**reads, **slow}.values())
         for micro in range(step * accumulate, (step + 1) * accumulate):
             with training.autocast(device, args.dtype):
-                batch = next(stream)
-                parts = loss_of(model, batch, args.seed, micro, step / steps)
-            norms = training.backward_apart(parts, list(parameters.values()), 1 / accumulate)
+                batch = next(feeders[task])
+                torch.manual_seed(args.seed + micro)  # dropout, too, depends on the step alone
+                lots = training.Lots(task, args.seed, micro, b[task], device)
+                parts = losses_of[task](model, batch, lots, step / total)
+            watch.see(step, task, parts, batch["index"])
+            norms = training.backward_apart(parts, learning, 1 / accumulate)
+        for p in paints.values():
+            if task != "tryon":
+                p.grad = None  # FSDP computes it all the same
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ema.update()
+        if task == "tryon" and ema is not None:
+            ema.update()
+        shown |= {f"{task} {name}": value for name, value in parts.items()}
         state["step"] = step + 1
-        done = state["step"] == steps or stop.asked
-        if step % 20 == 0 or done:
-            shown = {name: round(float(value.detach()), 4) for name, value in parts.items()}
-            bar.set_postfix(shown)
-            runs.check_finite(out, step, shown)
+        evaluates = state["step"] % args.eval_every == 0 or state["step"] == total
+        leaves = stop.asked_anywhere()
+        if step % 20 == 0 or evaluates or leaves:
+            row = {name: round(float(parallel.mean(value)), 4) for name, value in shown.items()}
+            bar.set_postfix({name: value for name, value in row.items() if name.startswith(task)})
+            watch.check()
             seconds = round((time.perf_counter() - clock) / (step + 1 - logged), 3)
-            clock, logged = time.perf_counter(), step + 1
+            clock, logged, shown = time.perf_counter(), step + 1, {}
+            rate = optimizer.param_groups[0]["lr"]
             runs.log_line(
-                out,
-                step=step,
-                **shown,
-                lr=hparams["lr"],
-                norms=[round(n, 3) for n in norms.tolist()],
-                seconds=seconds,
+                out, step=step, **row, lr=rate, norms=[round(n, 3) for n in norms.tolist()], seconds=seconds
             )
-        if state["step"] % args.eval_every == 0 or state["step"] == steps:
+        if evaluates:
             with training.averaged(ema):
                 val = evaluate()
             runs.save_evaluated(out, val, model, modules, optimizer, parameters, ema, state)
-        elif stop.asked:
+        elif leaves:
             runs.save_checkpoint(out / "last", model, modules, optimizer, parameters, ema, state)
-        if stop.asked:
+        if leaves:
             break
-    return state["step"] == steps
+    return state["step"] == total
+
+
+def open_tasks(args: argparse.Namespace) -> dict[str, dict[str, Dataset]]:
+    """{task: its data sets}. Of `all` those that have some; UserError for one that was named and has none."""
+    named = [t for t in args.task if t != "all"]
+    data = {
+        t: open_data(args.data, TASKS[t][0], args.allow_missing)
+        for t in (TASKS if "all" in args.task else named)
+    }
+    for task in named:
+        if not data[task]:
+            raise UserError(f"--task {task} wants data: one of {', '.join(('toy', *TASKS[task][0]))}")
+    if idle := [t for t in data if not data[t]]:
+        print(f"train_phase2.py: without {', '.join(idle)}: --data names nothing for it", file=sys.stderr)
+    if not any(data.values()):
+        raise UserError("--data names nothing that a task could learn from")
+    return {t: found for t, found in data.items() if found}
+
+
+def samples_of(
+    task: str,
+    data: dict[str, Dataset],
+    cfg: UniFashionConfig,
+    words: WordPiece,
+    llm_words: SentencePiece | None,
+    without: tuple[str, ...],
+) -> tuple[Dataset, list[str], list[str]]:
+    """-> the task's samples, and of each what is held out with it, and a name to tell."""
+    if task == "cir":
+        triplets = Triplets(data, cfg, words, llm_words, without)
+        return triplets, triplets.targets(), triplets.targets()
+    if task == "caption":
+        return Answers(data, cfg, llm_words), products(data), names(data)
+    return (Scenes if task == "tryon" else Pairs)(data, cfg, words), products(data), names(data)
 
 
 @torch.no_grad()
 def draw_samples(model: UniFashion, batch: dict[str, Tensor], path: Path) -> None:
     """Rows: the person, what is kept, the cloth, from the cloth, from sketch and text."""
-    scale = model.cfg.vae.scale
+    scale, b = model.cfg.vae.scale, len(batch["mean"])
     noise = torch.randn(batch["mean"].shape, generator=training.seeded("samples")).to(batch["mean"])
     scene = model.scene(batch["agnostic"], batch["keep"], batch["pose"])
     rows = [batch["mean"] * scale, batch["agnostic"], batch["hints"][:, 0]]
-    for condition in (0, 2):
-        context = model.image_adapter(batch["z"][:, condition])
-        hint = batch["hints"][:, condition]
+    for drawn in (0, 1):
+        which = torch.full((b,), drawn, device=noise.device)
+        context = model.image_adapter(objectives.z_of_condition(model, batch, which, which > 0))
+        hint = batch["hints"][:, drawn]
         *_, latent = model.sample(noise, scene, context, hint, 10, "dpm++", model.cfg.guidance)
         rows.append(latent)
     runs.save_sheet([model.vae.decode(row) for row in rows], path)
@@ -276,15 +341,40 @@ def draw_samples(model: UniFashion, batch: dict[str, Tensor], path: Path) -> Non
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--data", nargs="+", required=True, metavar="NAME[=PATH]", help="toy | vitonhd | mgd")
-    parser.add_argument("--task", choices=list(TASKS), default="tryon")
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="NAME[=PATH]", help=" | ".join(["toy", *DATA_SETS])
+    )
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        choices=["all", *TASKS],
+        default=["all"],
+        help="all: those that --data is for (default)",
+    )
+    parser.add_argument(
+        "--without",
+        type=split_parts,
+        default=(),
+        metavar="PARTS",
+        help=f"of Eq. 13, some of {','.join(PARTS)}",
+    )
+    parser.add_argument(
+        "--freeze-diffusion", action="store_true", help="the U-Net stays as it is, in tryon, too (Sec. 4.4)"
+    )
     training.common_arguments(parser, DEFAULTS)
     args = parser.parse_args(argv)
-    training.check_arguments(args, [args.task], "--task")
+    tasks = list(TASKS) if "all" in args.task else args.task
+    training.check_arguments(args, tasks, "--task")
     training.fast_malloc()
-    if not train(args.task, args):
+    if not train(args):
         print(f"train_phase2.py: stopped, {args.out} is saved: --resume goes on", file=sys.stderr)
-        sys.exit(130)  # as a shell says it of what Ctrl-C ended
+
+
+def split_parts(text: str) -> tuple[str, ...]:
+    parts = tuple(text.split(","))
+    if strange := [p for p in parts if p not in PARTS]:
+        raise UserError(f"--without {strange[0]}: it is some of {','.join(PARTS)}")
+    return parts
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unifashion import training
+from unifashion import feed, training
 from unifashion.data import open_image, toy
 from unifashion.data.texts import PATTERN_WORDS
 
@@ -122,7 +122,7 @@ def train(world: Path, steps: int, quiet: bool) -> Judge:
         torch.manual_seed(0)  # weights and dropout; all else has its own generator
         judge = Judge().train()
         optimizer = torch.optim.AdamW(judge.parameters(), LR, weight_decay=0.02)
-        order = training.batch_order(len(pictures), min(BATCH, len(pictures)), 0, 0, steps)
+        order = feed.batch_order(len(pictures), min(BATCH, len(pictures)), 0, 0, steps)
         bar = tqdm(order, "training the judge", steps, mininterval=1, disable=quiet)
         for step, batch in enumerate(bar):
             for group in optimizer.param_groups:

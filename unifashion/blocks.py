@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 KV = tuple[Tensor, Tensor]  # keys and values of a context, each (b,h,t,d)
 
@@ -177,11 +178,18 @@ class UNetBlock(nn.Module):
         self.res = ResBlock(c_in, c_out, cfg.time_dim, cfg.groups)
         self.attend = SpatialTransformer(c_out, cfg.context_dim, cfg.heads, cfg.groups) if attends else None
         self.up = Upsample(c_out) if up else nn.Identity()
+        self.checkpointing = False  # in training, compute it again in the backward pass: less memory
 
     def forward(self, x: Tensor, emb: Tensor, context: Iterator[KV]) -> Tensor:
+        kv = next(context) if self.attend is not None else None
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, emb, kv, use_reentrant=False)
+        return self._forward(x, emb, kv)
+
+    def _forward(self, x: Tensor, emb: Tensor, kv: KV | None) -> Tensor:
         x = self.res(x, emb)
         if self.attend is not None:
-            x = self.attend(x, next(context))
+            x = self.attend(x, kv)
         return self.up(x)
 
 

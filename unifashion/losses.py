@@ -1,4 +1,4 @@
-"""The losses of phase 1 but the diffusion loss q2I, which is `UniFashion.q2i`."""
+"""The losses but the diffusion loss q2I, which is `UniFashion.q2i`."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ def itc(sim: Tensor, temp: Tensor) -> Tensor:
 
 
 def hard_negatives(
-    sim: Tensor, temp: Tensor, same: Tensor, generator: torch.Generator
+    sim: Tensor, temp: Tensor, same: Tensor, generator: torch.Generator, to_own: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """
     For each image a text, and for each text an image, that look alike and do not belong together (BLIP-2, Sec. 3.1).
@@ -29,7 +29,8 @@ def hard_negatives(
     same       (b,b) bool, True where image and text do belong together: never drawn. A row that is all True draws
                from the other items evenly.
     generator  on the CPU: the draw is the same whatever the device
-    ->         text index for each image (b,), image index for each text (b,)
+    to_own     (b,) similarity of each text to one image more, its own negative (in composed retrieval, the reference)
+    ->         text index for each image (b,), image index for each text (b,); b stands for the image of `to_own`
     """
     logits = (sim.detach() / temp.detach()).float().cpu()
     same = same.cpu()
@@ -37,10 +38,18 @@ def hard_negatives(
     def draw(logits: Tensor, same: Tensor) -> Tensor:
         weights = logits.masked_fill(same, -1e4).softmax(-1).masked_fill(same, 0.0) + 1e-6 * (~same)
         lonely = same.all(-1, keepdim=True)
-        others = 1.0 - torch.eye(len(same))
+        others = 1.0 - torch.eye(*same.shape)
         return torch.multinomial(torch.where(lonely, others, weights), 1, generator=generator)[:, 0]
 
-    return draw(logits, same).to(sim.device), draw(logits.T, same.T).to(sim.device)
+    texts = draw(logits, same)
+    logits, same = logits.T, same.T
+    if to_own is not None:
+        own = (to_own.detach() / temp.detach()).float().cpu()[:, None]
+        logits, same = (
+            torch.cat([logits, own], 1),
+            torch.cat([same, torch.zeros_like(own, dtype=torch.bool)], 1),
+        )
+    return texts.to(sim.device), draw(logits, same).to(sim.device)
 
 
 def itm(positive: Tensor, negatives: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from unifashion.blocks import zero
+from unifashion.blocks import GEGLU, Attention, ResBlock, zero
 from unifashion.config import UniFashionConfig
 from unifashion.diffusion import ALPHAS, SAMPLERS, alphas_cumprod, eps_loss, guided, v_to_eps
 from unifashion.garment import GarmentEncoder
@@ -62,6 +62,16 @@ class UniFashion(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.qformer.query_tokens.dtype
+
+    def shards(self) -> list[nn.Module]:
+        """What --shard cuts among the processes, most of the LLM and of what draws: modules, none within another."""
+        units: list[nn.Module] = []
+        if hasattr(self, "llama"):
+            units += [*self.llama.layers, self.llama.embed, self.llama.lm_head]
+        if hasattr(self, "unet"):
+            blocks = (ResBlock, Attention, GEGLU)
+            units += [m for net in (self.unet, self.garment) for m in net.modules() if isinstance(m, blocks)]
+        return units
 
     def see(self, picture: Tensor) -> Tensor:
         """picture (b,3,224,224) normalised as CLIP's -> (b,257,1408), what the Q-Former attends to. The ViT is frozen."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class QFormer(nn.Module):
     def __init__(self, cfg: QFormerConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.checkpointing = False  # in training, layers are computed again in the backward pass: less memory
         self.ln_vision = nn.LayerNorm(cfg.vision_dim, eps=1e-5)
         self.query_tokens = nn.Parameter(torch.zeros(1, cfg.queries, cfg.dim))
         self.word_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
@@ -143,7 +145,10 @@ class QFormer(nn.Module):
             visible = F.pad(mask.bool(), (n_queries, 0), value=True)
             mask = rearrange(visible, "b k -> b 1 1 k")
         for layer in self.layers:
-            x = layer(x, n_queries, image, mask)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, n_queries, image, mask, use_reentrant=False)
+            else:
+                x = layer(x, n_queries, image, mask)
         return (x[:, :n_queries] if n_queries else None), (x[:, n_queries:] if ids is not None else None)
 
     def embed_image(self, z: Tensor) -> Tensor:

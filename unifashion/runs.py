@@ -2,13 +2,20 @@
 
 RUN/config.json     what was asked
 RUN/metrics.jsonl   one line a log step: the losses, lr, norms of their gradients, seconds per step; val
-RUN/samples/        pictures, or captions
+RUN/samples/        pictures and captions
 RUN/losses.png      the curves of metrics.jsonl
+RUN/skipped.txt     samples that could not be read, and why
+RUN/nan.json        where a loss was not a number: the step, and what was in its batch
+RUN/lock            held while a process works here
 RUN/last/, best/    model.safetensors      everything learned so far, under our module names; EMA where there is one
                     optimizer.safetensors  AdamW's moments, and the raw weights of what has an EMA
                     state.json             step, best loss, modules, git commit
+
+Checkpoints hold whole tensors, however many processes there were: any number of them goes on. The first of them writes.
 """
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -20,13 +27,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unifashion import UserError, lora
+from unifashion import UserError, lora, parallel
 from unifashion.config import UniFashionConfig
 from unifashion.model import UniFashion
+from unifashion.tokenizers import SentencePiece
 from unifashion.training import EMA
 
 # What a run that goes on may be asked for anew; all else must be as it was. With other --steps, align's schedule is another
@@ -38,6 +47,8 @@ MAY_CHANGE = (
     "weights",
     "device",
     "workers",
+    "shard",
+    "allow_missing",
     "eval_every",
     "steps",
     "epochs",
@@ -50,12 +61,32 @@ def check_out(out: Path, resume: bool) -> None:
         raise UserError(f"{out} is a file: --out wants a folder")
     if resume and not (out / "config.json").is_file():
         raise UserError(f"nothing to resume: {out} holds no run")
-    begun = {p.name for p in out.iterdir()} - {"config.json.new"} if out.exists() else set()  # killed at once
+    begun = {p.name for p in out.iterdir()} if out.exists() else set()
+    begun -= {"config.json.new", "lock"}  # killed at once
     if not resume and begun:
         raise UserError(f"{out} is not empty: say --resume to go on with it, or name another --out")
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"{out} cannot be made: {there} is not a folder that can be written")
+
+
+_locks: dict[Path, object] = {}  # files that stay open for as long as the process lives
+
+
+def lock(out: Path) -> None:
+    """Raise UserError if another process works in `out`. The lock goes with the process, however it ends."""
+    if parallel.rank() > 0:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    if out.resolve() in _locks:
+        return
+    file = open(out / "lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"{out} is in use by another process: name another --out") from None
+    _locks[out.resolve()] = file
 
 
 def asked_before(out: Path, resume: bool) -> dict:
@@ -79,18 +110,36 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
                 raise UserError(f"{out} was started with {flag} {was}, not {config[name]}: repeat its flags")
     if has_checkpoint(out) and (done := _state_of(out / "last")["step"]) > config["steps"]:
         raise UserError(f"{out} has done {done} steps already, more than the {config['steps']} of --steps")
-    out.mkdir(parents=True, exist_ok=True)
-    new = out / "config.json.new"
-    new.write_text(json.dumps(config, indent=1))
-    new.replace(out / "config.json")
-    (out / "samples").mkdir(exist_ok=True)
+    lock(out)
+    if parallel.rank() == 0:
+        new = out / "config.json.new"
+        new.write_text(json.dumps(config, indent=1))
+        new.replace(out / "config.json")
+        (out / "samples").mkdir(exist_ok=True)
+    parallel.barrier()
 
 
 def save_sheet(rows: list[Tensor], path: Path) -> None:
     """rows of pictures, each (b,3,y,x) in [-1,1] -> one PNG, a row of pictures for each."""
+    if parallel.rank() > 0:
+        return
     sheet = torch.cat([torch.cat(list(row.float().cpu()), dim=2) for row in rows], dim=1)
     pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
     Image.fromarray(np.ascontiguousarray(pixels.numpy())).save(path)
+
+
+@torch.no_grad()
+def save_captions(
+    model: UniFashion, words: SentencePiece, z: Tensor, batch: dict[str, Tensor], path: Path
+) -> None:
+    """For each Z of a batch the text that was to be learned, and below what the model writes after the same instruction."""
+    lines = []
+    for one, before, ids, answer in zip(z, *(batch[k] for k in ("before", "after", "answer")), strict=True):
+        start = int(answer.int().argmax())
+        written = model.write(one[None], before, ids[None, :start], model.cfg.max_caption, words.eos)[0]
+        lines += [words.decode(ids[answer].tolist()), "-> " + words.decode(written.tolist()), ""]
+    if parallel.rank() == 0:
+        path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def draw_curves(runs: list[Path], path: Path) -> None:
@@ -171,30 +220,46 @@ def save_checkpoint(
     ema: EMA | None,
     state: dict,
 ) -> None:
-    """Write `folder` whole or not at all: a killed run finds the one before."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    """Write `folder` whole or not at all: a killed run finds the one before. Raises UserError if the disk is full."""
     moments: dict[str, Tensor] = {}
     for name, p in parameters.items():
-        moments |= {f"{name}:{k}": v for k, v in optimizer.state.get(p, {}).items()}
+        moments |= {f"{name}:{k}": _kept(v) for k, v in optimizer.state.get(p, {}).items()}
     if ema is not None:
-        moments |= {f"{name}:raw": p.detach() for name, p in parameters.items()}
+        moments |= {f"{name}:raw": _kept(p.detach()) for name, p in ema.parameters.items()}
         ema.swap()
-    save_file(
-        {k: v.contiguous() for k, v in learned_state(model, modules).items()}, new / "model.safetensors"
-    )
+    tensors = {k: _kept(v) for k, v in learned_state(model, modules).items()}
     if ema is not None:
         ema.swap()
-    save_file({k: v.contiguous() for k, v in moments.items()}, new / "optimizer.safetensors")
-    (new / "state.json").write_text(
-        json.dumps({**state, "modules": modules, "commit": git_commit()}, indent=1)
-    )
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+        state = {**state, "averaged": ema.n}
+    if parallel.rank() == 0:
+        new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+        shutil.rmtree(new, ignore_errors=True)
+        try:
+            new.mkdir(parents=True)
+            save_file(tensors, new / "model.safetensors")
+            save_file(moments, new / "optimizer.safetensors")
+            (new / "state.json").write_text(
+                json.dumps({**state, "modules": modules, "commit": git_commit()}, indent=1)
+            )
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(new, ignore_errors=True)
+            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+                raise UserError(
+                    f"{folder} cannot be saved: the disk is full. What was saved before is whole"
+                ) from None
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    parallel.barrier()
+
+
+def _kept(x: Tensor) -> Tensor:
+    """What goes to a file: whole, and not changed by what comes next (EMA's swap)."""
+    x = parallel.whole(x).detach()
+    return x.to("cpu", copy=True).contiguous() if parallel.rank() == 0 else x
 
 
 def save_evaluated(
@@ -209,25 +274,59 @@ def save_evaluated(
 ) -> None:
     """After an evaluation: `last`, and `best` if `val` is the lowest so far; the log; then the curves."""
     log_line(out, step=state["step"] - 1, val=val)
-    check_finite(out, state["step"], {"val": val})
+    if not math.isfinite(val):
+        raise UserError(diverged(out, "val", val, state["step"]))
     better = val < state["best"]
     if better:
         state["best"] = val
-    tqdm.write(f"step {state['step']}: val {val:.4f}" + ", the best so far" * better, file=sys.stderr)
+    if parallel.rank() == 0:
+        tqdm.write(f"step {state['step']}: val {val:.4f}" + ", the best so far" * better, file=sys.stderr)
     for folder in (
         ("best", "last") if better else ("last",)
     ):  # killed between the two, the run makes `best` again
         save_checkpoint(out / folder, model, modules, optimizer, parameters, ema, state)
-    draw_curves([out], out / "losses.png")
+    if parallel.rank() == 0:
+        draw_curves([out], out / "losses.png")
 
 
-def check_finite(out: Path, step: int, losses: dict[str, float]) -> None:
-    """Raise UserError if a loss is not a number: the checkpoints on disk are from before that."""
-    for name, value in losses.items():
-        if not math.isfinite(value):
-            raise UserError(
-                f"{name} is {value} at step {step}: the run diverged. {out}/last is from before; a lower --lr may help"
-            )
+class Watch:
+    """
+    Notices at which step a loss first was not a number, without waiting for the device at every step: `check` does, where the
+    losses are shown.
+    """
+
+    def __init__(self, out: Path, names: dict[str, list[str]], device: torch.device) -> None:
+        """names {task: of each sample a name}"""
+        self.out, self.names = out, names
+        self.first = torch.full((), -1, dtype=torch.long, device=device)
+        self.seen: dict[int, tuple[str, dict[str, Tensor], Tensor]] = {}
+
+    def see(self, step: int, task: str, losses: dict[str, Tensor], index: Tensor) -> None:
+        losses = {name: x.detach() for name, x in losses.items()}
+        bad = ~torch.stack(list(losses.values())).isfinite().all()
+        self.first = torch.where((self.first < 0) & bad, step, self.first)
+        self.seen[step] = task, losses, index
+
+    def check(self) -> None:
+        """Raise UserError if a loss was not a number, and leave RUN/nan.json: the checkpoints are from before that."""
+        first = int(self.first)
+        anywhere = parallel.anywhere(first >= 0)
+        if first >= 0:
+            task, losses, index = self.seen[first]
+            values = {name: float(x) for name, x in losses.items()}
+            told = {"step": first, "task": task, "losses": {k: str(v) for k, v in values.items()}}
+            told["samples"] = [self.names[task][i] for i in index.tolist()]
+            name = "nan.json" if parallel.world() == 1 else f"nan.{parallel.rank()}.json"
+            (self.out / name).write_text(json.dumps(told, indent=1))
+            bad = next(k for k, v in values.items() if not math.isfinite(v))
+            raise UserError(diverged(self.out, bad, values[bad], first) + f"; {name} has its samples")
+        if anywhere:
+            raise UserError("another process found a loss that is not a number")
+        self.seen.clear()
+
+
+def diverged(out: Path, name: str, value: float, step: int) -> str:
+    return f"{name} is {value} at step {step}: the run diverged. {out}/last is from before; a lower --lr may help"
 
 
 def has_checkpoint(out: Path) -> bool:
@@ -255,20 +354,20 @@ def load_checkpoint(
     load_learned(model, folder / "model.safetensors")
     moments = load_file(folder / "optimizer.safetensors")
     for name, p in parameters.items():
-        if ema is not None:
+        if ema is not None and name in ema.parameters:
             ema.average[name].copy_(p.data)
-            p.data.copy_(moments.pop(f"{name}:raw"))
+            p.data.copy_(parallel.like(moments.pop(f"{name}:raw"), p.data))
         keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{k}" in moments]
         if keys:
             held = {k: moments.pop(f"{name}:{k}") for k in keys}
             # AdamW keeps its step count on the CPU, wherever the parameter is
-            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in held.items()}
+            optimizer.state[p] = {k: v if k == "step" else parallel.like(v, p.data) for k, v in held.items()}
     if moments:
         raise UserError(
             f"{folder}: {next(iter(moments))} belongs to no trained parameter; was --stage another?"
         )
     if ema is not None:
-        ema.n = state["step"]
+        ema.n = state["averaged"]
     return state
 
 
@@ -303,7 +402,7 @@ def load_learned(model: nn.Module, path: Path) -> list[str]:
     with torch.no_grad():
         for k, v in tensors.items():
             if part_of(k) in here:
-                own[k].copy_(v)
+                own[k].copy_(parallel.like(v, own[k]))
     if parts - here:
         model.carried = {k: v for k, v in tensors.items() if part_of(k) not in here}
     return sorted(parts & here)
@@ -327,5 +426,7 @@ def git_commit() -> str:
 
 
 def log_line(run: Path, **values: float | int | str) -> None:
+    if parallel.rank() > 0:
+        return
     with open(run / "metrics.jsonl", "a") as f:
         f.write(json.dumps(values) + "\n")

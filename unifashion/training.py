@@ -1,7 +1,7 @@
-"""What both training scripts need and neither should own: flags, seeds, data order, frozen features, schedules, EMA.
+"""What both training scripts need and neither should own: flags, seeds, schedules, gradients, EMA.
 
 Nothing random is carried from step to step: order, noise, timesteps and drops are functions of (seed, step, sample), so a
-run that is resumed is the run that was not interrupted, bit for bit.
+run that is resumed is the run that was not interrupted, bit for bit, and the number of processes changes none of them.
 """
 
 import argparse
@@ -10,7 +10,6 @@ import hashlib
 import math
 import signal
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -18,19 +17,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from unifashion import UserError
+from unifashion import UserError, parallel
 from unifashion.config import PRESETS
 from unifashion.data import toy
 
 
-def common_arguments(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> None:
-    """The flags of both scripts. Those that mean something else in each stage are None here and take its default."""
+def common_arguments(parser: argparse.ArgumentParser, defaults: dict[str, dict[str, dict]]) -> None:
+    """The flags of both scripts. `defaults` {preset: {stage: {...}}}: flags that mean another thing in each are None here."""
 
     def each(key: str) -> str:
-        values = [f"{stage} {d[key]}" for stage, d in defaults.items() if d[key] is not None]
-        return f"default {', '.join(values)}" if values else "no default"
+        told = []
+        for preset, stages in defaults.items():
+            values = [f"{stage} {d[key]}" for stage, d in stages.items() if d.get(key) is not None]
+            told += [f"{preset}: {', '.join(values)}"] if values else []
+        return f"default {'; '.join(told)}" if told else "no default"
 
     g = parser.add_argument_group("model and place")
     g.add_argument("--preset", choices=list(PRESETS), default="full", help="default %(default)s")
@@ -52,12 +53,18 @@ def common_arguments(parser: argparse.ArgumentParser, defaults: dict[str, dict])
         action="store_true",
         help="keep the frozen networks' output of every sample in memory, in float16; --workers has then nothing to do",
     )
-    g = parser.add_argument_group(
-        "optimisation, a single stage or task at a time (the defaults are for the full size, README's for tiny)"
+    g.add_argument(
+        "--shard",
+        action="store_true",
+        help="under torchrun: cut the LLM and the U-Net among the processes (FSDP2)",
     )
+    g.add_argument(
+        "--allow-missing", action="store_true", help="go on though more than 1%% of the pictures are missing"
+    )
+    g = parser.add_argument_group("optimisation, a single stage or task at a time")
     g.add_argument("--steps", type=int, help=each("steps"))
     g.add_argument("--epochs", type=int, help=f"instead of --steps; {each('epochs')}")
-    g.add_argument("--batch-size", type=int, help=each("batch_size"))
+    g.add_argument("--batch-size", type=int, help=f"of all processes together; {each('batch_size')}")
     g.add_argument("--lr", type=float, help=each("lr"))
     g = parser.add_argument_group("run")
     g.add_argument(
@@ -143,84 +150,47 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        parallel.leave()
 
 
-def held_out(names: list[str], every: int = 40) -> tuple[list[int], list[int]]:
-    """Sample indices for training, and those held out to choose `best` by: whole products, one in `every`."""
-    hold = [zlib.crc32(name.encode()) % every == 0 for name in names]
-    if sum(hold) < 2:  # a very small data set
-        hold = [name in sorted(set(names))[-2:] for name in names]
-    return [i for i, h in enumerate(hold) if not h], [i for i, h in enumerate(hold) if h]
+class Lots:
+    """
+    What is drawn by lot for one batch: from a key (what for, seed, step) and the sample's place in the batch of all
+    processes, of which each has its share.
+    """
+
+    def __init__(self, what: str, seed: int, step: int, b: int, device: torch.device | str = "cpu") -> None:
+        """b: samples of this process"""
+        self.generator = seeded(what, seed, step)
+        self.b, self.device = b * parallel.world(), device
+
+    def _own(self, x: Tensor) -> Tensor:
+        return parallel.own(x).to(self.device)
+
+    def normal(self, *shape: int) -> Tensor:
+        """(b,*shape) ~ N(0,1)"""
+        return self._own(torch.randn(self.b, *shape, generator=self.generator))
+
+    def timesteps(self, n: int) -> Tensor:
+        """(b,) whole numbers 0 to n-1"""
+        return self._own(torch.randint(0, n, (self.b,), generator=self.generator))
+
+    def keep(self, drop: float) -> Tensor:
+        """(b,) bool, False with probability `drop`"""
+        return self._own(torch.rand(self.b, generator=self.generator) >= drop)
+
+    def choose(self, odds: Tensor) -> Tensor:
+        """odds (b,n), on the CPU -> (b,) one of n for each row"""
+        u = parallel.own(torch.rand(self.b, generator=self.generator))
+        bounds = odds.cumsum(1)
+        return (u[:, None] * bounds[:, -1:] >= bounds).sum(1).clamp(max=odds.shape[1] - 1).to(self.device)
 
 
 def seeded(*key: int | str) -> torch.Generator:
     """A generator on the CPU that depends on the key alone."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def batch_order(n: int, batch: int, seed: int, start: int, stop: int) -> Iterator[list[int]]:
-    """The sample indices of steps start..stop-1: a new permutation every epoch, the last short batch left out."""
-    if n < batch:
-        raise UserError(f"the data set has {n} samples, fewer than one batch of {batch}")
-    per_epoch = n // batch
-    order: Tensor | None = None
-    for step in range(start, stop):
-        epoch, i = divmod(step, per_epoch)
-        if order is None or i == 0:
-            order = torch.randperm(n, generator=seeded("order", seed, epoch))
-        yield order[i * batch : (i + 1) * batch].tolist()
-
-
-def batches(
-    samples: Dataset,
-    order: Iterator[list[int]],
-    encode: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    cache: bool,
-    workers: int = 0,
-) -> Iterator[dict[str, Tensor]]:
-    """
-    `samples[i]`, a dict of tensors, collated and passed through the frozen networks by `encode`, for each batch of `order`.
-
-    With `cache`, what `encode` says of a sample is kept in memory in float16, and the sample is read only once: right
-    where nothing is augmented and the features fit. Samples are then encoded in fixed groups, so that a resumed run
-    computes the same bits.
-    """
-    if not cache:
-        for batch in DataLoader(samples, batch_sampler=order, num_workers=workers):
-            yield encode(shorten(batch))
-        return
-    kept: dict[int, dict[str, Tensor]] = {}
-    group = 16
-    for indices in order:
-        for first in sorted({i // group * group for i in indices if i not in kept}):
-            members = list(range(first, min(first + group, len(samples))))
-            features = encode(torch.utils.data.default_collate([samples[i] for i in members]))
-            for j, i in enumerate(members):
-                kept[i] = {k: _shrink(v[j]) for k, v in features.items()}
-        rows = [kept[i] for i in indices]
-        yield shorten({k: torch.stack([_grow(row[k]) for row in rows]) for k in rows[0]})
-
-
-def shorten(batch: dict[str, Tensor], grain: int = 8) -> dict[str, Tensor]:
-    """
-    Cut what the LLM reads to the longest of the batch, rounded up to a multiple of `grain`: few shapes, little padding.
-
-    Only where there is "answer" (b,t), True on a caption's own tokens, beside "ids" (b,t). On the CPU: it looks at the numbers.
-    """
-    if "answer" not in batch:
-        return batch
-    longest = int((batch["answer"] * torch.arange(1, batch["answer"].shape[1] + 1)).max())
-    t = -(-longest // grain) * grain
-    return {**batch, "ids": batch["ids"][:, :t], "answer": batch["answer"][:, :t]}
-
-
-def _shrink(x: Tensor) -> Tensor:
-    return x.to("cpu", torch.float16 if x.is_floating_point() else x.dtype, copy=True)
-
-
-def _grow(x: Tensor) -> Tensor:
-    return x.float() if x.is_floating_point() else x
 
 
 def set_trainable(model: nn.Module, patterns: list[str]) -> dict[str, nn.Parameter]:
@@ -269,21 +239,36 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 def backward_apart(losses: dict[str, Tensor], parameters: list[nn.Parameter], share: float) -> Tensor:
     """
-    Add each loss's gradient to `.grad`, clipped to norm 1 on its own and times `share`; returns the norms before (losses,).
+    Add each loss's gradient to `.grad`, averaged over the processes, clipped to norm 1 on its own and times `share`.
+    -> the norms before (losses,). `losses` are detached: the activations of each are let go once it is done.
 
     One clip for all would starve a loss: at the start ITC's gradient is a hundred times ITM's, whose task is the slower.
     """
     norms = []
-    for i, loss in enumerate(losses.values()):
-        more = i + 1 < len(losses)  # after the last one the activations are let go
-        grads = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
-        used = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for _, g in used]))
+    for i, name in enumerate(losses):
+        before = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        losses[name].backward(retain_graph=i + 1 < len(losses))
+        losses[name] = losses[name].detach()
+        grads = [p.grad for p in parameters if p.grad is not None]
+        parallel.average(grads)
+        norm = parallel.norm(grads)
         scale = share * (1.0 / (norm + 1e-6)).clamp(max=1.0)
-        for p, g in used:
-            p.grad = g * scale if p.grad is None else p.grad + g * scale
+        for p, sum_of_others in zip(parameters, before, strict=True):
+            if p.grad is not None:
+                p.grad.mul_(scale)
+            if sum_of_others is not None:
+                p.grad = sum_of_others if p.grad is None else sum_of_others.add_(p.grad)
         norms.append(norm)
     return torch.stack(norms)
+
+
+def checkpointing(model: nn.Module) -> None:
+    """Have every part that can do so compute its activations again in the backward pass: less memory, a third more time."""
+    for module in model.modules():
+        if hasattr(module, "checkpointing"):
+            module.checkpointing = True
 
 
 class EMA:
@@ -297,7 +282,8 @@ class EMA:
     def update(self) -> None:
         self.n += 1
         weight = 1 - min(self.decay, (1 + self.n) / (10 + self.n))
-        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), weight)
+        averages, raw = ([parallel.local(x) for x in y.values()] for y in (self.average, self.parameters))
+        torch._foreach_lerp_(averages, raw, weight)
 
     def swap(self) -> None:
         """Exchange the average and the raw weights; twice is nothing."""
@@ -328,6 +314,11 @@ class Stop:
     def _ask(self, signum: int, _: object) -> None:
         self.asked = True
         signal.signal(signum, signal.SIG_DFL)
+
+    def asked_anywhere(self) -> bool:
+        """Whether it was asked of any process: all leave after the same step."""
+        self.asked = parallel.anywhere(self.asked)
+        return self.asked
 
 
 def fast_malloc() -> None:

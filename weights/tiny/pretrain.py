@@ -18,6 +18,7 @@ all: as Vicuna does, it can tell what it is told. `words` makes its tokenizer of
 import argparse
 import io
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from unifashion import Parser, UserError, runs, training
+from unifashion import Parser, UserError, feed, runs, training
 from unifashion.config import TINY
 from unifashion.data import open_image, toy
 from unifashion.data.fashion200k import Fashion200K
@@ -200,8 +201,8 @@ def train(
     state, stop = {"step": 0}, training.Stop()
     if args.resume:
         state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, None)
-    order = training.batch_order(len(samples), batch, 0, state["step"], steps)
-    stream = training.batches(samples, order, lambda b: b, cache=False, workers=args.workers)
+    order = feed.batch_order(len(samples), batch, 0, state["step"], steps)
+    stream = feed.batches(samples, order, lambda b: b, workers=args.workers)
     bar = tqdm(stream, initial=state["step"], total=steps, desc=part, mininterval=5)
     for step, data in enumerate(bar, start=state["step"]):
         for group in optimizer.param_groups:
@@ -217,7 +218,8 @@ def train(
         if step % 20 == 0 or done:
             shown = {k: round(float(v.detach()), 4) for k, v in losses.items()}
             bar.set_postfix(shown)
-            runs.check_finite(out, step, shown)
+            if bad := [k for k, v in shown.items() if not math.isfinite(v)]:
+                raise UserError(runs.diverged(out, bad[0], shown[bad[0]], step))
             runs.log_line(out, step=step, **shown)
         if state["step"] % args.eval_every == 0 or done:
             runs.save_checkpoint(out / "last", model, modules, optimizer, parameters, None, state)

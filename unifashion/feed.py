@@ -1,0 +1,149 @@
+"""From a data set to batches: what is held out, in which order samples come, what is kept of them, what is left out.
+
+An order is a function of (seed, epoch) alone, over the batches of all processes, so that a run that is resumed, and one on
+another number of processes, sees the same batches.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from unifashion import UserError, parallel
+from unifashion.training import seeded
+
+GROUP = 16  # samples that are encoded together for the cache
+
+
+def held_out(names: list[str], every: int = 40) -> tuple[list[int], list[int]]:
+    """Sample indices for training, and those held out to choose `best` by: whole products, one in `every`."""
+    hold = [zlib.crc32(name.encode()) % every == 0 for name in names]
+    if sum(hold) < 2:  # a very small data set
+        few = sorted(set(names))[-2:]
+        hold = [name in few for name in names]
+    return [i for i, h in enumerate(hold) if not h], [i for i, h in enumerate(hold) if h]
+
+
+def batch_order(n: int, batch: int, seed: int, start: int, stop: int) -> Iterator[list[int]]:
+    """The sample indices of steps start..stop-1: a new permutation every epoch, the last short batch left out."""
+    if n < batch:
+        raise UserError(f"the data set has {n} samples, fewer than one batch of {batch}")
+    per_epoch = n // batch
+    order: Tensor | None = None
+    for step in range(start, stop):
+        epoch, i = divmod(step, per_epoch)
+        if order is None or i == 0:
+            order = torch.randperm(n, generator=seeded("order", seed, epoch))
+        yield order[i * batch : (i + 1) * batch].tolist()
+
+
+class Sound(Dataset):
+    """
+    The samples of `data` with their index; in place of one that cannot be read, the next that can.
+
+    What was replaced is a line of `log` (RUN/skipped.txt), once. More than 1 % of the samples stop the run, unless `allow`:
+    UserError. A process that reads (a DataLoader's worker) knows of the others by the log.
+    """
+
+    def __init__(self, data: Dataset, log: Path, allow: bool) -> None:
+        self.data, self.log, self.allow = data, log, allow
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        for j in range(len(self)):
+            at = (i + j) % len(self)
+            try:
+                return {**self.data[at], "index": torch.tensor(at)}
+            except UserError as error:
+                self._skip(at, str(error))
+        raise UserError("not one sample can be read")
+
+    def _skip(self, i: int, why: str) -> None:
+        line = f"{i}\t{why}"
+        known = set(self.log.read_text().splitlines()) if self.log.exists() else set()
+        if line not in known:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.log, "a") as file:
+                file.write(line + "\n")
+        check_share(len(known | {line}), len(self), why, self.allow)
+
+
+def check_share(bad: int, of: int, example: str, allow: bool) -> None:
+    """Raise UserError if more than 1 % of the samples are missing or broken."""
+    if bad > 0.01 * of and not allow:
+        raise UserError(
+            f"{bad} of {of} samples are missing or broken, more than 1 % (say --allow-missing to go on): {example}"
+        )
+
+
+def batches(
+    samples: Dataset,
+    order: Iterator[list[int]],
+    encode: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    cache: dict[str, Tensor] | None = None,
+    workers: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """
+    `samples[i]`, a dict of tensors, collated and passed through the frozen networks by `encode`, for each batch of `order`,
+    of which this process takes its share.
+
+    cache  an empty dict: what `encode` says of a sample is kept there, in float16, and the sample is read only once. Right
+           where nothing is augmented and the features fit. Samples are then encoded in fixed groups, so that a resumed run
+           computes the same bits.
+    """
+    mine = (parallel.own(torch.tensor(indices)).tolist() for indices in order)
+    if cache is None:
+        for batch in DataLoader(samples, batch_sampler=mine, num_workers=workers):
+            yield encode(shorten(batch))
+        return
+    known = cache.setdefault("known", torch.zeros(len(samples), dtype=torch.bool))
+    for indices in mine:
+        rows = torch.tensor(indices)
+        for first in sorted({i // GROUP * GROUP for i in rows[~known[rows]].tolist()}):
+            members = range(first, min(first + GROUP, len(samples)))
+            features = encode(torch.utils.data.default_collate([samples[i] for i in members]))
+            for name, x in features.items():
+                x = x.to("cpu", torch.float16 if x.is_floating_point() else x.dtype)
+                if name not in cache:  # pages that no sample has come to yet take no memory
+                    cache[name] = torch.empty(len(samples), *x.shape[1:], dtype=x.dtype)
+                cache[name][first : first + GROUP] = x
+            known[first : first + GROUP] = True
+        kept = {name: x[rows] for name, x in cache.items() if name != "known"}
+        yield shorten({name: x.float() if x.is_floating_point() else x for name, x in kept.items()})
+
+
+HERE = ("index", "odds")  # what is looked at on the CPU: to fetch it from the device would wait for it
+
+
+def stream(
+    samples: Dataset,
+    order: Iterator[list[int]],
+    encode: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    device: torch.device,
+    cache: dict[str, Tensor] | None = None,
+    workers: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """`batches`, on the device but for HERE."""
+
+    def move(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v if k in HERE else v.to(device) for k, v in batch.items()}
+
+    return map(move, batches(samples, order, lambda batch: encode(move(batch)), cache, workers))
+
+
+def shorten(batch: dict[str, Tensor], grain: int = 8) -> dict[str, Tensor]:
+    """
+    Cut what the LLM reads to the longest of the batch, rounded up to a multiple of `grain`: few shapes, little padding.
+
+    Only where there is "answer" (b,t), True on a caption's own tokens, beside "after" (b,t). On the CPU: it looks at the numbers.
+    """
+    if "answer" not in batch:
+        return batch
+    longest = int((batch["answer"] * torch.arange(1, batch["answer"].shape[1] + 1)).max())
+    t = -(-longest // grain) * grain
+    return {**batch, "after": batch["after"][:, :t], "answer": batch["answer"][:, :t]}

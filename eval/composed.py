@@ -250,17 +250,17 @@ def table(result: dict[str, dict], paper: bool) -> str:
     """A row a way of searching, three columns a pool, and what composing is worth."""
 
     def line(name: str, figures: Sequence[Figure]) -> str:
-        return f"{name:<44}" + "".join(f"{cell(figure):>19}" for figure in figures)
+        return f"{name:<38}" + "".join(f"{cell(figure):>22}" for figure in figures)
 
     rows = result["recall"]
     pools = list(rows[COMPOSED]) if len(rows[COMPOSED]) > 2 else ["mean"]  # of one pool the mean is that pool
     kinds = [f"R@{k}" for k in AT] + ["mean"]
     heads = [kind if len(pools) == 1 else f"{pool} {kind}" for pool in pools for kind in kinds]
-    lines = [f"\n{'':<44}" + "".join(f"{head:>19}" for head in heads)]
+    lines = [f"\n{'':<38}" + "".join(f"{head:>22}" for head in heads)]
     lines += [line(row, [figure for pool in pools for figure in of[pool]]) for row, of in rows.items()]
     if paper:
-        skipped = " " * 19 * 3 * (len(pools) - 1)
-        lines += [f"{k:<44}{skipped}" + "".join(f"{x:>19.2f}" for x in of) for k, of in PAPER.items()]
+        skipped = " " * 22 * 3 * (len(pools) - 1)
+        lines += [f"{k:<38}{skipped}" + "".join(f"{x:>22.2f}" for x in of) for k, of in PAPER.items()]
     skipped = 3 * (len(pools) - 1)
     lines += [line(k, [[]] * skipped + of) for k, of in result["differences"].items()]
     return "\n".join(lines)

@@ -56,9 +56,9 @@ FULL = UniFashionConfig()
 TINY = UniFashionConfig(
     vit=ViTConfig(image_size=(128, 128), patch_size=8, dim=128, depth=4, heads=4, mlp_dim=512),
     qformer=QFormerConfig(
-        vocab_size=256,
+        vocab_size=512,
         max_positions=64,
-        max_text=32,
+        max_text=64,
         queries=16,
         dim=128,
         depth=4,

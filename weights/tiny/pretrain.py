@@ -36,11 +36,13 @@ from unifashion import Parser, UserError, feed, runs, training
 from unifashion.config import TINY
 from unifashion.data import open_image, toy
 from unifashion.data.fashion200k import Fashion200K
+from unifashion.data.fashiongen import FashionGen
+from unifashion.data.fashioniq import FashionIQ
 from unifashion.data.mgd import MGD
 from unifashion.data.texts import WRITERS
 from unifashion.llama import Llama
 from unifashion.preprocess import qformer_image, unet_image
-from unifashion.tokenizers import INSTRUCTIONS, SentencePiece, build_vocab
+from unifashion.tokenizers import INSTRUCTIONS, SentencePiece, blip_caption, build_vocab
 from unifashion.vae import VAE, kl_divergence
 from unifashion.vit import ViT
 from weights.load import check_finished, company
@@ -255,11 +257,14 @@ def report_vae(vae: VAE, samples: Dataset, out: Path) -> None:
 
 
 def write_vocab(root: Path) -> None:
-    """Every word of the training captions, as the Q-Former's tokenizer wants it."""
+    """Every word of the training texts that the Q-Former reads: captions of three styles, MGD's, and modifications."""
     mgd = MGD(root / "vitonhd", "train")
     texts = {text for _, text in Fashion200K(root / "fashion200k", "train").rows}
     texts |= {", ".join(mgd.captions[cloth[:5]]) for _, cloth in mgd.photos.pairs}
-    vocab = build_vocab(sorted(texts))
+    texts |= set(FashionGen(root / "fashiongen", "train").texts)
+    triplets = FashionIQ(root / "fashioniq", "train")
+    texts |= set(triplets.captions.values()) | {text for row in triplets.rows for text in row.captions}
+    vocab = build_vocab(sorted(map(blip_caption, texts)))
     path = HERE / "bert_vocab.txt"
     path.write_text("\n".join(vocab) + "\n")
     print(f"wrote {path}: {len(vocab)} pieces; the preset's vocab_size is {TINY.qformer.vocab_size}")

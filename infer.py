@@ -3,6 +3,7 @@
     python infer.py tryon --person person.jpg --cloth cloth.jpg --out out.png
     python infer.py tryon --person person.jpg --sketch sketch.png --text "red, long sleeves, v-neck" --out out.png
     python infer.py caption --image cloth.jpg another.jpg --style fashion200k
+    python infer.py caption --image fashioniq/images --style fashioniq-cap --out fashioniq/captions.jsonl
 
 Exit codes: 0 done; 2 the input is wrong: one line says what, and nothing is written (of many
 captions, those that were done are kept beside --out, for the next run); 130 stopped by Ctrl-C; 1 a bug.
@@ -87,7 +88,7 @@ def caption(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from unifashion import training
-    from unifashion.caption import CaptionFile, check_search, write_captions
+    from unifashion.caption import CaptionFile, check_search, pictures_of, write_captions
     from unifashion.preprocess import qformer_image, read_image
     from weights.load import learned_file, llm_tokenizer, load_unifashion, sha256
 
@@ -97,20 +98,29 @@ def caption(args: argparse.Namespace) -> None:
     words = llm_tokenizer(args.preset, args.weights)
     check_search(cfg, words, args.style, args.max_tokens, args.beams)
     by = f"{args.model} {args.preset} {sha256(learned)[:12]}" + f" beams {args.beams}" * (args.beams > 1)
-    images = {path: {"image": str(path), "style": args.style, "model": by} for path in args.image}
+    named = pictures_of(args.image)
+    images = {path: {"image": str(path), "style": args.style, "model": by} for path in named}
     done = CaptionFile(args.out, by) if args.out else None
     todo: list[Path] = []
-    bad: list[UserError] = []
+    bad: list[str] = []
+    skipped: dict[Path, str] = {}  # of folders, whose other pictures need not wait for them
     for path, row in tqdm(images.items(), "looking", unit="picture", disable=args.quiet or len(images) < 50):
         row["sha256"] = sha256(path) if os.path.isfile(path) else ""
         if done is None or not done.has(row, args.max_tokens):
-            todo.append(path)
             try:
                 read_image(path)  # to complain now, of all at once, rather than after an hour
+                todo.append(path)
             except UserError as error:
-                bad.append(error)
-    if bad:
-        raise UserError("; ".join(map(str, bad)))
+                if named[path]:
+                    bad.append(str(error))
+                else:
+                    skipped[path] = str(error)
+    if bad or len(skipped) == len(images):
+        raise UserError("; ".join(bad or skipped.values()))
+    images = {path: row for path, row in images.items() if path not in skipped}
+    if skipped:
+        print(*(f"skipped: {why}\n" for why in skipped.values()), sep="", end="", file=sys.stderr)
+        notes.append(f"{len(skipped)} of {len(named)} pictures cannot be read and are skipped")
     if len(todo) < len(images):
         notes.append(f"{len(images) - len(todo)} of {len(images)} pictures have their caption in {args.out}")
 
@@ -151,9 +161,8 @@ def caption(args: argparse.Namespace) -> None:
     used["cut"] = sum(not one.whole for one in written)
     if args.json:
         rows = [row if done is None else done.of(row) for row in images.values()]
-        print(
-            json.dumps({"captions": rows, **used, "device": args.device, "dtype": args.dtype, "notes": notes})
-        )
+        used |= {"skipped": [*skipped.values()], "device": args.device, "dtype": args.dtype, "notes": notes}
+        print(json.dumps({"captions": rows, **used}))
     elif not written and not args.quiet:
         print("no new captions", file=sys.stderr)
     elif not args.quiet:
@@ -373,7 +382,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     p = commands.add_parser("caption", help=caption.__doc__, description=caption.__doc__)
     p.set_defaults(run=caption)
-    p.add_argument("--image", type=Path, nargs="+", required=True, help="photos of garments, best on white")
+    p.add_argument(
+        "--image",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="photos of garments, best on white; of a folder all that lie in it, not in its folders, but for broken ones, "
+        "which are skipped and named",
+    )
     p.add_argument(
         "--style",
         default="fashiongen",

@@ -17,6 +17,8 @@ from unifashion.config import UniFashionConfig
 from unifashion.model import UniFashion
 from unifashion.tokenizers import SentencePiece, prompt
 
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
 
 class Caption(NamedTuple):
     text: str
@@ -63,6 +65,29 @@ def check_search(
         raise UserError(f"--max-tokens is {max_tokens}, must be 1 to {most}: the rest is the prompt's")
     if not 1 <= beams <= 32:
         raise UserError(f"--beams is {beams}, must be 1 to 32")
+
+
+def pictures_of(given: list[Path]) -> dict[Path, bool]:
+    """Files, and for a folder the pictures in it, by name -> each once, in this order, and whether it was named itself.
+
+    A folder's own folders are not looked into, nor its hidden files. Raises UserError for a folder without a picture.
+    """
+    pictures: dict[Path, bool] = {}
+    for path in given:
+        if not os.path.isdir(path):
+            pictures[path] = True
+            continue
+        try:
+            with os.scandir(path) as entries:
+                files = sorted(entry.name for entry in entries if not entry.is_dir())
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        found = [name for name in files if name[0] != "." and Path(name).suffix.lower() in PICTURES]
+        if not found:
+            raise UserError(f"{path}: not a file, and no folder of pictures")
+        for name in found:
+            pictures.setdefault(path / name, False)
+    return pictures
 
 
 class CaptionFile:

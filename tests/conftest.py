@@ -1,6 +1,8 @@
 """What test files share through pytest."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,3 +22,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.small_runs import furnish  # only for tests that ask for it: it imports both training scripts
+
+    return furnish(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What `small_runs.furnish` made, in a folder of the test's own; until it ends the tiny preset is MINI."""
+    from tests.small_runs import shrink
+
+    shrink(monkeypatch)
+    for thing in made.iterdir():
+        (tmp_path / thing.name).symlink_to(thing)
+    yield tmp_path
+    shutil.rmtree(tmp_path)

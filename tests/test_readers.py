@@ -20,6 +20,9 @@ from unifashion.data.fashion200k import Fashion200K
 from unifashion.data.fashiongen import FashionGen
 from unifashion.data.fashioniq import FashionIQCap
 from unifashion.data.mgd import MGD
+from unifashion.data.mgd_mask import VITONHD as RULES
+from unifashion.data.mgd_mask import mgd_masks
+from unifashion.data.readers import DATA_SETS, READERS, in_toy, open_mgd
 from unifashion.data.vitonhd import FOLDERS, VITONHD
 
 SAMPLES = Path(os.environ.get("UNIFASHION_SAMPLES", "/nonexistent"), "fashioniq_cap")
@@ -315,6 +318,53 @@ def test_mgd_falls_back_to_the_sketches_on_the_person(copy, paired):
     path = f"im_sketch/{person}.png" if paired else f"im_sketch_unpaired/{person}_{cloth}.png"
     stored = Image.open(copy / "vitonhd/test" / path)
     assert np.array_equal(np.asarray(item["sketch"]), np.asarray(stored))
+
+
+def test_mgd_makes_the_mask_itself_where_viton_hds_is_not_there(copy):
+    before = MGD(copy / "vitonhd", "train")[0]
+    for name in ("agnostic-mask", "agnostic-v3.2"):
+        shutil.rmtree(copy / "vitonhd/train" / name)
+    data = MGD(copy / "vitonhd", "train")
+    item, folder = data[0], copy / "vitonhd/train"
+    assert set(item) == set(before) and data.missing() == []
+    parse = Image.open(folder / f"image-parse-v3/{item['person_id']}.png")
+    people = json.loads((folder / f"openpose_json/{item['person_id']}_keypoints.json").read_text())["people"]
+    joints = np.reshape(people[0]["pose_keypoints_2d"], (25, 3))
+    wanted = Image.fromarray(mgd_masks(parse, joints, (128, 96), RULES).repaint).resize(
+        (96, 128), Image.Resampling.NEAREST
+    )
+    mask, agnostic, person = (np.asarray(item[key]) for key in ("mask", "agnostic", "person"))
+    assert np.array_equal(mask > 0, np.asarray(wanted)) and not np.array_equal(
+        mask, np.asarray(before["mask"])
+    )
+    assert (agnostic[mask > 0] == 128).all() and np.array_equal(agnostic[mask == 0], person[mask == 0])
+    assert mask[np.isin(np.asarray(parse), (5, 6, 7))].mean() > 250
+    joints_file = folder / f"openpose_json/{item['person_id']}_keypoints.json"
+    joints_file.write_text('{"people": []}')
+    with pytest.raises(UserError, match=f"{joints_file}: not the joints of a person"):
+        data[0]
+    joints_file.unlink()
+    assert data.missing() == [str(joints_file.relative_to(copy / "vitonhd"))]
+    shutil.rmtree(folder / "openpose_json")
+    with pytest.raises(UserError, match="openpose_json.*shadow2496"):
+        MGD(copy / "vitonhd", "train")
+
+
+def test_pairs_are_the_ids_of_the_items(root):
+    for data in (MGD(root / "vitonhd", "test", paired=False), VITONHD(root / "vitonhd", "test")):
+        ids = [(item["person_id"], item["cloth_id"]) for item in (data[i] for i in range(len(data)))]
+        assert data.pairs == ids
+
+
+def test_every_data_set_that_can_be_named_is_in_a_toy_world(fashiongen):
+    assert list(DATA_SETS) == ["fashion200k", "fashiongen", "fashioniq-cap", "fashioniq", "vitonhd", "mgd"]
+    assert READERS.items() <= DATA_SETS.items()
+    for name, reader in DATA_SETS.items():
+        data = reader(in_toy(fashiongen, name), "train")
+        assert len(data) > 0 and isinstance(data[0], dict) and data.missing() == []
+        if name in READERS:
+            assert {"image", "text", "product"} <= set(data[0]) and len(data.products) == len(data)
+    assert len(open_mgd(in_toy(fashiongen, "dresscode"), "train")) == 6
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -37,8 +37,12 @@ from unifashion.data.texts import (
 )
 
 
-def add_both(root: Path) -> None:
-    for name, workers in (("fashioniq", 1), ("fashiongen", 3)):  # neither order nor processes of `ensure`
+def add_all(root: Path) -> None:
+    for name, workers in (
+        ("dresscode", 1),
+        ("fashioniq", 1),
+        ("fashiongen", 3),
+    ):  # neither order nor processes of `ensure`
         assert toy.part(root, name, quiet=True, workers=workers) == root / name
 
 
@@ -376,8 +380,8 @@ def test_a_world_with_fashioniq_but_without_triplets_gets_them_and_nothing_else(
     assert contents(old / "fashioniq") == before
 
 
-@pytest.mark.parametrize("add", [lambda root: toy.ensure(root, **SMALL), add_both], ids=["ensure", "part"])
-def test_a_world_from_before_gets_the_two_new_folders_and_keeps_its_bytes(world, tmp_path, add):
+@pytest.mark.parametrize("add", [lambda root: toy.ensure(root, **SMALL), add_all], ids=["ensure", "part"])
+def test_a_world_from_before_gets_the_new_folders_and_keeps_its_bytes(world, tmp_path, add):
     pytest.importorskip("h5py")
     old = copy_without_parts(world, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in old.rglob("*") if path.is_file()}
@@ -715,5 +719,5 @@ def looks(g: toy.Garment) -> tuple:
 
 
 def copy_without_parts(world: Path, folder: Path) -> Path:
-    ignore = shutil.ignore_patterns("fashiongen", "fashioniq")
+    ignore = shutil.ignore_patterns("fashiongen", "fashioniq", "dresscode")
     return Path(shutil.copytree(world, folder / "old", ignore=ignore))

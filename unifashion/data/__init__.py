@@ -29,7 +29,9 @@ def read_json(path: Path):
 
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise UserError(f"{path}: not whole JSON ({error})") from None
 
 

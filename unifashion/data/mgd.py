@@ -2,40 +2,55 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from unifashion import UserError
 from unifashion.data import absent, read_json
-from unifashion.data.vitonhd import VITONHD
+from unifashion.data.mgd_mask import VITONHD as RULES
+from unifashion.data.mgd_mask import check_joints, masked
+from unifashion.data.vitonhd import FOLDERS, VITONHD
 
 
 class MGD:
     """Items of `VITONHD` and {"sketch": L, bright edges on black, "text": the cloth's three noun chunks, ", "-joined}.
 
     The sketch is UniFashion's in-shop one where `{split}/cloth-sketch/` exists, else MGD's on the person:
-    `im_sketch/<person>.png` when paired, `im_sketch_unpaired/<person>_<cloth>.png` otherwise.
+    `im_sketch/<person>.png` when paired, `im_sketch_unpaired/<person>_<cloth>.png` otherwise. Mask and agnostic picture are
+    VITON-HD's; in a folder without `agnostic-mask/` they are MGD's, of `image-parse-v3/` and `openpose_json/`.
     Raises UserError if captions or sketches are missing.
     """
 
     def __init__(self, root: str | Path, split: str = "train", paired: bool = True) -> None:
-        self.photos, self.paired = VITONHD(root, split, paired), paired
+        folder = Path(root, split)
+        self.own_mask = (folder / "image-parse-v3").is_dir() and not (folder / "agnostic-mask").is_dir()
+        folders = FOLDERS
+        if self.own_mask:
+            folders = ("image", "image-densepose", "cloth", "image-parse-v3", "openpose_json")
+        self.photos, self.paired = VITONHD(root, split, paired, folders), paired
+        self.pairs = self.photos.pairs
         captions = Path(root, "captions.json")
-        self.in_shop = (self.photos.folder / "cloth-sketch").is_dir()
-        sketches = self.photos.folder / ("im_sketch" if paired else "im_sketch_unpaired")
+        self.in_shop = (folder / "cloth-sketch").is_dir()
+        sketches = folder / ("im_sketch" if paired else "im_sketch_unpaired")
         if not captions.is_file() or not (self.in_shop or sketches.is_dir()):
             raise UserError(
                 f"{root} lacks MGD's annotations ({captions.name}, {split}/{sketches.name}): get the VITON-HD archive at "
                 "github.com/aimagelab/multimodal-garment-designer and unpack it here, or use --data toy."
             )
         self.captions = read_chunks(captions)
-        absent_one = next((cloth for _, cloth in self.photos.pairs if cloth[:5] not in self.captions), None)
-        if absent_one:
-            raise UserError(f"{captions} has no caption for cloth {absent_one}")
+        untold = next((cloth for _, cloth in self.pairs if cloth[:5] not in self.captions), None)
+        if untold:
+            raise UserError(f"{captions} has no caption for cloth {untold}")
 
     def __len__(self) -> int:
-        return len(self.photos)
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict:
         item = self.photos[index]
         person, cloth = item["person_id"], item["cloth_id"]
+        if self.own_mask:
+            labels, joints = (self.photos.folder / path for path in self.mask_sources(person))
+            size = item["person"].size[::-1]
+            item |= masked(item["person"], labels, read_openpose(joints), size, RULES)
         sketch = self.photos.open(self.sketch_of(person, cloth), "L")
         return {**item, "sketch": sketch, "text": ", ".join(self.captions[cloth[:5]])}
 
@@ -45,11 +60,17 @@ class MGD:
             return f"cloth-sketch/{cloth}.png"
         return f"im_sketch/{person}.png" if self.paired else f"im_sketch_unpaired/{person}_{cloth}.png"
 
+    def mask_sources(self, person: str) -> list[str]:
+        """What the person's mask is made of, where VITON-HD's own is not there, relative to the split's folder."""
+        return [f"image-parse-v3/{person}.png", f"openpose_json/{person}_keypoints.json"] * self.own_mask
+
     def missing(self) -> list[str]:
-        """The pictures that the pairs name and that are not there, relative to the root: photos, then sketches."""
+        """The files that the pairs name and that are not there, relative to the root: photos, then sketches and the rest."""
+        others = [[self.sketch_of(*pair), *self.mask_sources(pair[0])] for pair in self.pairs]
         split = self.photos.folder.name
-        sketches = (f"{split}/{self.sketch_of(*pair)}" for pair in self.photos.pairs)
-        return self.photos.missing() + absent(self.photos.root, sketches)
+        return self.photos.missing() + absent(
+            self.photos.root, (f"{split}/{path}" for p in others for path in p)
+        )
 
 
 def read_chunks(file: Path) -> dict[str, list[str]]:
@@ -62,3 +83,13 @@ def read_chunks(file: Path) -> dict[str, list[str]]:
         if not whole:
             raise UserError(f"{file}: cloth {cloth} has no texts, or an empty one: {str(texts)[:100]}")
     return found
+
+
+def read_openpose(file: Path) -> np.ndarray:
+    """(25,3): x, y in the picture's pixels and confidence of the one person of OpenPose's JSON."""
+    found = read_json(file)
+    try:
+        joints = found["people"][0]["pose_keypoints_2d"]
+    except (KeyError, IndexError, TypeError):
+        joints = None
+    return check_joints(file, joints)

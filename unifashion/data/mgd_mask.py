@@ -5,12 +5,17 @@ image-parse-v3, Dress Code's those of its label_maps, which are others.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from unifashion import UserError
+from unifashion.data import open_image
+
 SIZE = (512, 384)  # (h,w) at which MGD makes it
+GREY = (128, 128, 128)  # of the hole, as in VITON-HD's agnostic pictures
 ARMS = (14, 15)  # left, right: the same in both tables
 # Joints among OpenPose's BODY25 and its older 18 alike: right, left
 SHOULDERS, ELBOWS, WRISTS = (2, 5), (3, 6), (4, 7)
@@ -35,7 +40,8 @@ HEAD = (1, 2, 3, 11)
 DRESSCODE = {
     "dresses": Rules((7, 12, 13), ALWAYS, HEAD, neck=True, grow=10, arm_width=45 / 512),
     "upper_body": Rules((4,), (*ALWAYS, 5, 6), HEAD, neck=True, grow=10, arm_width=45 / 512),
-    "lower_body": Rules((6, 12, 13), (*ALWAYS, 4, *ARMS), HEAD, arms=False, grow=10, arm_width=45 / 512),
+    # The original forgets skirts (5): a wearer's would stay in the picture.
+    "lower_body": Rules((5, 6, 12, 13), (*ALWAYS, 4, *ARMS), HEAD, arms=False, grow=10, arm_width=45 / 512),
 }
 
 
@@ -110,3 +116,29 @@ def mgd_masks(
         rows, columns = (np.flatnonzero(region.any(axis)) for axis in (1, 0))
         box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
     return Masks(box & ~fixed, region, hands)
+
+
+def masked(
+    person: Image.Image, labels: Path, joints: np.ndarray, frame: tuple[int, int], rules: Rules
+) -> dict[str, Image.Image]:
+    """{"mask": L, 255 = repaint, "agnostic": RGB, the person with a grey hole}, of the person's size.
+
+    Raises UserError if the picture of labels is damaged or shows nothing to repaint.
+    """
+    repaint = mgd_masks(open_image(labels, "P"), joints, frame, rules).repaint
+    if not repaint.any():
+        raise UserError(f"{labels}: no garment and no arms to repaint")
+    mask = Image.fromarray(repaint.astype(np.uint8) * 255).resize(person.size, Image.Resampling.NEAREST)
+    return {"mask": mask, "agnostic": Image.composite(Image.new("RGB", person.size, GREY), person, mask)}
+
+
+def check_joints(file: Path, joints) -> np.ndarray:
+    """(n,2 or more) of a list of lists or of numbers in threes. Raises UserError if it is not a person's arms and more."""
+    try:
+        rows = np.array(joints, float)
+        rows = rows.reshape(-1, 3) if rows.ndim == 1 else rows
+        if len(rows) >= 8 and rows.shape[1] >= 2 and np.isfinite(rows).all():
+            return rows
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"{file}: not the joints of a person: {str(joints)[:100]}")

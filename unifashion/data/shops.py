@@ -21,6 +21,7 @@ from unifashion import UserError
 from unifashion.data.cloth import Garment, draw_product
 from unifashion.data.fashiongen import need_h5py
 from unifashion.data.texts import choose, detailed, modification, professional
+from unifashion.data.toy_dresscode import write_dresscode
 from unifashion.data.world import ATTRIBUTES, SPLITS, sample_garment, stream
 
 # FashionGen's category and subcategory: one of each, so that test has the 101 products of one subcategory that
@@ -194,6 +195,7 @@ PARTS: dict[str, Callable] = {
     "fashiongen": write_fashiongen,
     "fashioniq": write_fashioniq,
     "fashioniq/captions": write_triplets,
+    "dresscode": write_dresscode,
 }
 SLAB = 1024  # pictures asked for at a time
 
@@ -206,9 +208,9 @@ def drawn(pool: Executor, work: Callable, jobs: Iterable[tuple]) -> Iterator:
 
 
 def part(root: str | Path, name: str, quiet: bool = False, workers: int = 2) -> Path:
-    """The folder `name` ("fashiongen" or "fashioniq") of the world at `root`; what is missing of it is drawn.
+    """The folder `name` (the first word of a key of `PARTS`) of the world at `root`; what is missing of it is drawn.
 
-    In val and test it shows the garments of the world, in train others. It is made under another name and renamed.
+    Of shops it shows in val and test the garments of the world, in train others. It is made under another name and renamed.
     Raises UserError if h5py is missing for fashiongen, or `root` holds no world or cannot be written to.
     """
     for path in PARTS:

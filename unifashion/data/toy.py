@@ -1,4 +1,4 @@
-"""ToyFashion: a drawn world of garments and persons, written in the layouts of five data sets.
+"""ToyFashion: a drawn world of garments and persons, written in the layouts of six data sets.
 
     python -m unifashion.data.toy --out data/toy
 
@@ -17,11 +17,13 @@ garments are never seen in training. Because the world is drawn, the truth is kn
                                     Left out where h5py is not installed
     fashioniq/                      Fashion-IQ's image_splits/, images/, one view a garment on a white square, and captions/,
                                     the triplets, in test with their targets; and Fashion-IQ-Cap's captions, of all splits
+    dresscode/                      Dress Code with MGD's captions and sketches: dresses, tops and what is worn below, on a
+                                    tenth as many persons, of its own
 
-In train the last two have garments of their own, twice and four times as many as the world, as every shop has; in val
+In train the two shops have garments of their own, twice and four times as many as the world, as every shop has; in val
 and test they show the world's, whose truth is known, in its order. Their ids are running numbers.
 
-Worlds of version 1 that were drawn before fashiongen/, fashioniq/ or its captions/ existed get them from `ensure` or `part`.
+Worlds of version 1 that were drawn before fashiongen/, fashioniq/, its captions/ or dresscode/ existed get them from `ensure` or `part`.
 """
 
 import json
@@ -237,7 +239,7 @@ def ensure(
 
 def main() -> None:
     parser = Parser(
-        description="Draw ToyFashion in the layouts of Fashion200K, VITON-HD, MGD, FashionGen and Fashion-IQ."
+        description="Draw ToyFashion in the layouts of Fashion200K, VITON-HD, MGD, FashionGen, Fashion-IQ and Dress Code."
     )
     parser.add_argument("--out", default="data/toy", help="folder to write")
     parser.add_argument("--seed", type=int, default=0)

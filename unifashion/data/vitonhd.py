@@ -20,34 +20,27 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
     return [(Path(person).stem, Path(cloth).stem) for person, cloth in rows]
 
 
-def files_of(person: str, cloth: str) -> dict[str, str]:
-    """Where the pictures of an item are, relative to the split's folder."""
-    return {
-        "person": f"image/{person}.jpg",
-        "agnostic": f"agnostic-v3.2/{person}.jpg",
-        "mask": f"agnostic-mask/{person}_mask.png",
-        "pose": f"image-densepose/{person}.jpg",
-        "cloth": f"cloth/{cloth}.jpg",
-    }
-
-
 class VITONHD:
     """Items of PIL images, all of one size: {"person_id", "cloth_id", "person", "agnostic", "mask", "pose", "cloth"}.
 
     Ids are file names without suffix ("00000_00"). The mask is L, 255 = repaint, 0 = keep (VITON-HD's sense, the
     opposite of the network's keep mask). paired: the person's own cloth (the first column of the pair list); else the
-    second column. Raises UserError if files of the layout are missing.
+    second column. `pairs` has the ids of person and cloth of each item. Raises UserError if files of the layout are missing.
+
+    folders: those that are read; of what is in others items have nothing.
     """
 
-    def __init__(self, root: str | Path, split: str = "train", paired: bool = True) -> None:
-        self.root, self.folder = Path(root), Path(root, split)
+    def __init__(
+        self, root: str | Path, split: str = "train", paired: bool = True, folders: tuple[str, ...] = FOLDERS
+    ) -> None:
+        self.root, self.folder, self.folders = Path(root), Path(root, split), folders
         pairs = self.root / f"{split}_pairs.txt"
-        missing = [
-            str(path) for path in (pairs, *(self.folder / name for name in FOLDERS)) if not path.exists()
+        lacks = [
+            str(path) for path in (pairs, *(self.folder / name for name in folders)) if not path.exists()
         ]
-        if missing:
+        if lacks:
             raise UserError(
-                f"VITON-HD is incomplete, missing {', '.join(missing)}: download it from "
+                f"VITON-HD is incomplete, missing {', '.join(lacks)}: download it from "
                 "github.com/shadow2496/VITON-HD (zip, unpacked here), or use --data toy."
             )
         self.pairs = [(person, person if paired else cloth) for person, cloth in read_pairs(pairs)]
@@ -57,15 +50,28 @@ class VITONHD:
 
     def __getitem__(self, index: int) -> dict:
         person, cloth = self.pairs[index]
-        path = files_of(person, cloth)
-        mask = self.open(path["mask"], "L").point(lambda grey: 255 * (grey >= 128))
-        pictures = {key: self.open(path[key]) for key in ("person", "agnostic", "pose", "cloth")}
-        return {"person_id": person, "cloth_id": cloth, "mask": mask, **pictures}
+        paths = self.paths(person, cloth)
+        item = {"person_id": person, "cloth_id": cloth}
+        item |= {key: self.open(path, "L" if key == "mask" else "RGB") for key, path in paths.items()}
+        if "mask" in item:
+            item["mask"] = item["mask"].point(lambda grey: 255 * (grey >= 128))
+        return item
 
     def open(self, path: str, mode: str = "RGB") -> Image.Image:
         return open_image(self.folder / path, mode)
 
+    def paths(self, person: str, cloth: str) -> dict[str, str]:
+        """Where an item's pictures are, relative to the split's folder."""
+        every = {
+            "person": f"image/{person}.jpg",
+            "agnostic": f"agnostic-v3.2/{person}.jpg",
+            "mask": f"agnostic-mask/{person}_mask.png",
+            "pose": f"image-densepose/{person}.jpg",
+            "cloth": f"cloth/{cloth}.jpg",
+        }
+        return {key: path for key, path in every.items() if path.split("/")[0] in self.folders}
+
     def missing(self) -> list[str]:
         """The pictures that the pairs name and that are not there, relative to the root."""
-        paths = (path for pair in self.pairs for path in files_of(*pair).values())
+        paths = (path for pair in self.pairs for path in self.paths(*pair).values())
         return absent(self.root, (f"{self.folder.name}/{path}" for path in paths))

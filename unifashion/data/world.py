@@ -122,6 +122,6 @@ def stream(seed: int, split: str, index: int, purpose: int) -> np.random.Generat
     """The random numbers of one item and one purpose, independent of all others.
 
     Purposes: 0 garment, 1 person, 2 short texts, 3 FashionGen's row, 4 Fashion-IQ-Cap's caption; 5 and 6 the training
-    garments of these two; 7 a triplet's reference and 8 its captions.
+    garments of these two; 7 a triplet's reference and 8 its captions; 9 Dress Code's person and garment.
     """
     return np.random.default_rng([seed, SPLITS.index(split), index, purpose])

@@ -1,74 +1,303 @@
-"""Both training scripts against what they promise: what learns, what resumes, what a killed run leaves behind."""
+"""Both training scripts against what they promise: what learns, what resumes, what is carried on, what is refused."""
 
 import argparse
 import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_phase1
 import train_phase2
-from tests.parity import randomise
-from unifashion import UserError, diffusion, llama, lora, losses, runs, training
-from unifashion.config import FULL, PRESETS, TINY
-from unifashion.data import toy
+from tests.small_runs import (
+    DROPPING,
+    MINI,
+    PHASE1,
+    RUNS,
+    arguments,
+    assert_same,
+    learned,
+    load_public,
+    metrics,
+    moments,
+    run,
+    state,
+    stopped_after,
+)
+from unifashion import UserError, llama, lora, runs, training
+from unifashion.config import FULL, PRESETS
 from unifashion.model import UniFashion, start_adapter
-from unifashion.tokenizers import INSTRUCTIONS, build_vocab, prompt
-from weights.load import FOLDERS, llm_tokenizer
 from weights.tiny import pretrain
 
-STAGES = {"align": train_phase1, "caption": train_phase1, "generate": train_phase1, "tryon": train_phase2}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WRITES, DRAWS = {"text_adapter", "lora"}, {"image_adapter", "style_adapter", "null_context", "unet"}
+
+# Going on
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_steps_and_a_resumed_two_are_four_steps_bit_for_bit(stage, place):
-    run(stage, place, "whole", "--steps", "4")
+@pytest.mark.parametrize("what", RUNS)
+def test_two_steps_and_a_resumed_two_are_four_steps_bit_for_bit(what, place):
+    run(what, place, "whole", 4)
     # the schedule follows the number of steps, so the interrupted run asks for four as well and is stopped after two
     with stopped_after(2):
-        run(stage, place, "parts", "--steps", "4")
+        run(what, place, "parts", 4)
     assert state(place / "parts")["step"] == 2
-    run(stage, place, "parts", "--steps", "4", "--resume")
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        whole, parts = load_file(place / "whole/last" / file), load_file(place / "parts/last" / file)
-        assert whole.keys() == parts.keys()
-        for name in whole:
-            assert torch.equal(whole[name], parts[name]), name
-    whole, parts = (place / d for d in ("whole", "parts"))
-    assert (whole / "best/model.safetensors").read_bytes() == (parts / "best/model.safetensors").read_bytes()
-    measured = [[row for row in read_metrics(d) if "val" in row] for d in (whole, parts)]
-    assert len(measured[0]) == 1 and measured[0] == measured[1]  # to be stopped is no evaluation
+    run(what, place, "parts", 4, "--resume")
+    assert_same_runs(place)
 
 
-@pytest.mark.parametrize("stage", ["align", "caption"])
+@pytest.mark.parametrize("what", ["1 align", "1 caption", "2 mixed"])
 @pytest.mark.parametrize(
-    "more",
-    [["--cache", "--dtype", "bf16"], ["--cache"], ["--accumulate", "2"], []],
-    ids=["bf16", "cache", "accumulate", "plain"],
+    "more", [["--cache", "--dtype", "bf16", "--accumulate", "2"], []], ids=["bf16 cache accumulate", "plain"]
 )
-def test_a_run_with_dropout_resumes_bit_for_bit(more, stage, place, monkeypatch):
+def test_a_run_with_dropout_resumes_bit_for_bit(what, more, place, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", DROPPING)
-    run(stage, place, "whole", "--steps", "3", *more)
+    run(what, place, "whole", 4, *more)
+    with stopped_after(3):
+        run(what, place, "parts", 4, *more)
+    run(what, place, "parts", 4, *more, "--resume")
+    assert_same_runs(place)
+
+
+@pytest.mark.parametrize("more", [["--cache"], ["--accumulate", "2"], ["--freeze-diffusion"]], ids=str)
+def test_all_tasks_mixed_resume_bit_for_bit(more, place):
+    run("2 mixed", place, "whole", 4, *more)
+    with stopped_after(3):
+        run("2 mixed", place, "parts", 4, *more)
+    run("2 mixed", place, "parts", 4, *more, "--resume")
+    assert_same_runs(place)
+
+
+@pytest.mark.parametrize("what", ["1 align", "1 caption", "1 generate", "2 mixed"])
+def test_a_run_killed_before_its_first_checkpoint_starts_again_as_it_was_asked(what, place):
+    init = learned_once(place, what)
+    run(what, place, "whole", 4, *init)
+    shutil.copytree(place / "whole", place / "parts")
+    for folder in ("last", "best"):
+        shutil.rmtree(place / "parts" / folder)
+    (place / "parts/metrics.jsonl").unlink()
+    run(what, place, "parts", 8, "--resume")  # neither --init nor --steps is said again
+    assert_same_runs(place)
+
+
+@pytest.mark.parametrize("what", ["1 caption", "2 mixed"])
+def test_what_a_run_started_from_is_not_needed_once_it_has_saved(what, place):
+    init = learned_once(place, what)
+    run(what, place, "on", 4, *init)
+    shutil.rmtree(init[-1])
+    run(what, place, "on", 4, "--resume")
+    assert state(place / "on")["step"] == 4
+    if what == "1 caption":
+        run(what, place, "on", 4, "--resume", "--steps", "5")
+        assert state(place / "on")["step"] == 5
+    assert json.loads((place / "on/config.json").read_text())["init"] == init[-1]
+
+
+def test_what_is_asked_of_a_run_that_goes_on_is_what_was_asked_before(place):
+    run("1 generate", place, "run", 2)
+    config = (place / "run/config.json").read_text()
+    for flags, told in (
+        (["--lr", "0.5"], "lr 0.001, not 0.5"),
+        (["--batch-size", "3"], "batch-size 4, not 3"),
+        (["--seed", "1"], "seed 0, not 1"),
+        (["--accumulate", "2"], "accumulate 1, not 2"),
+        (["--dtype", "bf16"], "dtype auto, not bf16"),
+        (["--cache"], "cache False, not True"),
+    ):
+        with pytest.raises(UserError, match=f"was started with {told}: repeat its flags"):
+            run("1 generate", place, "run", 3, "--resume", *flags)
+    with pytest.raises(UserError, match="was started with stage generate, not align"):
+        run("1 align", place, "run", 3, "--resume")
+    with pytest.raises(UserError, match="was started with stage generate, not phase2"):
+        run("2 tryon", place, "run", 3, "--resume")
+    with pytest.raises(UserError, match="has done 2 steps already, more than the 1 of --steps"):
+        run("1 generate", place, "run", 1, "--resume", "--steps", "1")
+    assert (place / "run/config.json").read_text() == config
+    with pytest.raises(UserError, match="nothing to resume"):
+        run("1 align", place, "mistyped", 1, "--resume")
+    assert not (place / "mistyped").exists()
+
+
+def test_a_run_of_phase_2_goes_on_with_its_own_tasks_and_parts(place):
+    run("2 cir", place, "run", 1, "--without", "itg,q2i")
+    for what, flags, told in (
+        ("2 caption", ["--without", "itg,q2i"], r"task \['cir'\], not \['caption'\]"),
+        ("2 mixed", ["--without", "itg,q2i"], r"task \['cir'\], not \['retrieval', 'cir', 'caption', 'tryon'\]"),
+        ("2 cir", ["--without", "itg"], r"without \['itg', 'q2i'\], not \['itg'\]"),
+        ("2 cir", ["--without", "itg,q2i", "--freeze-diffusion"], "freeze-diffusion False, not True"),
+        ("1 align", [], "stage phase2, not align"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"was started with {told}"):
+            run(what, place, "run", 4, "--resume", *flags)
+    run("2 cir", place, "run", 1, "--resume", "--without", "itg,q2i")
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("what", ["1 align", "2 cir"])
+def test_a_signal_finishes_the_step_saves_and_is_no_failure(what, sign, place, monkeypatch, capsys):
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    backward, count = training.backward_apart, iter(range(1, 100))
+
+    def asked(*args):
+        if next(count) == 2:
+            os.kill(os.getpid(), sign)
+        return backward(*args)
+
+    monkeypatch.setattr(training, "backward_apart", asked)
+    try:
+        training.run(lambda: run(what, place, "run", 5))  # an exit code other than 0 would be raised
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    assert state(place / "run")["step"] == 2
+    assert f"stopped, {place}/run is saved: --resume goes on" in capsys.readouterr().err
+    assert not any("val" in row for row in metrics(place / "run"))  # to be stopped is no evaluation
+    assert [row["step"] for row in metrics(place / "run")] == [0, 1]
+    run(what, place, "run", 5, "--resume")
+    assert state(place / "run")["step"] == 5
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_for_the_end_and_a_second_one_is_obeyed_at_once(sign):
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = training.Stop()
+        assert not stop.asked
+        os.kill(os.getpid(), sign)
+        assert stop.asked and signal.getsignal(sign) == signal.SIG_DFL
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def test_stopped_before_its_first_step_it_says_so_in_one_line(capsys):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        training.run(main)
+    assert left.value.code == 130 and capsys.readouterr().err.endswith(": stopped\n")
+
+
+def test_stopped_in_one_stage_the_next_does_not_begin_and_goes_on_when_asked(place, monkeypatch):
+    steps = {stage: {**of, "steps": 2} for stage, of in train_phase1.DEFAULTS["tiny"].items()}
+    monkeypatch.setitem(train_phase1.DEFAULTS, "tiny", steps)
+    everything = [a if a != "align" else "all" for a in arguments("1 align", place, "all")]
     with stopped_after(1):
-        run(stage, place, "parts", "--steps", "3", *more)
-    run(stage, place, "parts", "--steps", "3", *more, "--resume")
-    whole, parts = (load_file(place / d / "last/model.safetensors") for d in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+        train_phase1.main(everything)
+    assert state(place / "all/align")["step"] == 1 and not (place / "all/caption").exists()
+    train_phase1.main([*everything, "--resume"])
+    assert [state(place / "all" / stage)["step"] for stage in PHASE1] == [2, 2, 2]
+    parts = {runs.part_of(name) for name in learned(place / "all/generate")}
+    assert parts == {"qformer", *WRITES, *DRAWS}  # all of it, from each of the three
+
+
+@pytest.mark.parametrize("part", ["vae", "vit", "llama"])
+def test_the_stand_ins_resume_bit_for_bit(part, place, monkeypatch):
+    monkeypatch.setattr(pretrain, "HERE", place)
+    monkeypatch.setattr(pretrain, "report_vae", lambda *_: None)
+    (place / "llama_tokenizer.model").symlink_to(place / "weights/llama_tokenizer.model")
+
+    def go(name: str, *more: str) -> None:
+        rest = ["--out", str(place / name), "--workers", "0", "--batch-size", "4", "--steps", "4", *more]
+        pretrain.main([part, "--data", str(place / "toy"), *rest])
+
+    go("whole")
+    with stopped_after(2):
+        go("parts")
+    go("parts", "--resume")
+    assert_same(learned(place / "whole"), learned(place / "parts"))
+
+
+# What learns
+
+
+@pytest.mark.parametrize("what", RUNS)
+def test_the_table_at_the_top_says_what_learns(what, place, watched):
+    phase, part = what.split()
+    run(what, place, "run", 4, *([] if part == "mixed" else ["--lr", "0.01"]))
+    table = train_phase1.TRAINABLE if phase == "1" else train_phase2.TRAINABLE
+    patterns = {p for name in (table if part == "mixed" else [part]) for p in table[name]}
+    model, before, graded = watched["model"], watched["before"], watched["graded"]
+    learn = training.set_trainable(model, sorted(patterns))
+    optimizer = moments(place / "run")
+    after, end = learned(place / "run"), model.state_dict()
+    for name, tensor in before.items():
+        if name not in learn:
+            assert name not in graded, f"{name} is frozen and has a gradient"
+            assert f"{name}:exp_avg" not in optimizer, f"{name} is frozen and has an optimizer state"
+            assert torch.equal(end[name], tensor), f"{name} is frozen and moved"
+            assert name not in after or torch.equal(after[name], tensor), f"{name} is frozen and moved"
+        elif not any(name.startswith(p) for p in never_read(what, model)):
+            assert name in graded and f"{name}:exp_avg" in optimizer, f"{name} gets no gradient"
+            assert name in after
+    assert {runs.part_of(name) for name in before} - {runs.part_of(name) for name in after} <= {
+        "vit", "vae", "llama", "garment"
+    }  # fmt: skip
+    assert watched["eyes"] > 0  # ViT and VAE did run, always without grad
+
+
+def test_in_a_mixed_run_each_task_moves_its_own_parts(place, watched):
+    run("2 mixed", place, "run", 8)
+    assert len(watched["moved"]) == 8
+    for task, parts in watched["moved"]:
+        assert parts == ({"qformer", *DRAWS, "garment"} if task == "tryon" else {"qformer"}), task
+    assert {task for task, _ in watched["moved"]} == set(train_phase2.TASKS)
+
+
+@pytest.mark.parametrize("what", ["2 retrieval", "2 cir", "2 caption"])
+def test_without_tryon_steps_the_unet_stays_as_it_was_bit_for_bit(what, place):
+    run(what, place, "run", 2, "--lr", "0.01")
+    start, after = load_file(place / "phase1.safetensors"), learned(place / "run")
+    assert_same(*({k: v for k, v in x.items() if runs.part_of(k) != "qformer"} for x in (start, after)))
+    assert not torch.equal(after["qformer.query_tokens"], start["qformer.query_tokens"])
+
+
+@pytest.mark.parametrize("what", ["2 tryon", "2 mixed"])
+def test_a_frozen_unet_stays_as_it_was_and_the_rest_learns(what, place):
+    run(what, place, "run", 4, "--freeze-diffusion")
+    start, after = load_file(place / "phase1.safetensors"), learned(place / "run")
+    moved = {runs.part_of(k) for k in start if not torch.equal(start[k], after[k])}
+    assert moved == {"qformer", "image_adapter", "style_adapter", "null_context"}
+    assert any(k.startswith("garment.") and v.any() for k, v in after.items())
+    assert not any(k.startswith("unet.") for k in moments(place / "run"))
+
+
+@pytest.mark.parametrize(
+    ("without", "logged"),
+    [
+        ("itg,q2i,caption", {"ITC", "ITM"}),
+        ("q2i,caption", {"ITC", "ITM", "ITG"}),
+        ("q2i", {"ITC", "ITM", "ITG", "ITC caption"}),
+        ("", {"ITC", "ITM", "ITG", "ITC caption", "q2I"}),
+    ],
+)
+def test_parts_that_are_left_out_are_neither_learned_nor_loaded(without, logged, place, watched):
+    run("2 cir", place, "run", 1, *(["--without", without] if without else []))
+    known = {k.removeprefix("cir ") for k in metrics(place / "run")[0]} & {
+        *logged,
+        "ITG",
+        "q2I",
+        "ITC caption",
+    }
+    assert known == logged
+    assert hasattr(watched["model"], "llama") == ("ITG" in logged)
+    assert hasattr(watched["model"], "unet") == ("q2I" in logged)
+    assert len(learned(place / "run")) == len(
+        load_file(place / "phase1.safetensors")
+    )  # what is not here is carried
 
 
 def test_what_is_frozen_drops_nothing_out():
     model = UniFashion(DROPPING)
-    training.train_mode(model, training.set_trainable(model, train_phase2.TRAINABLE["tryon"]))
-    seen = torch.randn(2, 4, TINY.vit.dim)
-    assert torch.equal(model.qformer(seen)[0], model.qformer(seen)[0]) and model.garment.training
+    seen = torch.randn(2, 4, MINI.vit.dim)
+    training.train_mode(model, training.set_trainable(model, train_phase1.TRAINABLE["generate"]))
+    assert torch.equal(model.qformer(seen)[0], model.qformer(seen)[0]) and model.unet.training
     training.train_mode(model, training.set_trainable(model, train_phase1.TRAINABLE["align"]))
     assert not torch.equal(model.qformer(seen)[0], model.qformer(seen)[0]) and not model.vit.training
     model = UniFashion(DROPPING, draws=False, writes=True)
@@ -76,450 +305,113 @@ def test_what_is_frozen_drops_nothing_out():
     for name, p in model.llama.named_parameters():
         if name.endswith("lora_b"):
             torch.nn.init.normal_(p)
+    words = torch.randn(1, 3, MINI.llama.dim)
     training.train_mode(model, training.set_trainable(model, train_phase1.TRAINABLE["caption"]))
-    words = torch.randn(1, 3, TINY.llama.dim)
     assert torch.equal(model.qformer(seen)[0], model.qformer(seen)[0])
     assert not torch.equal(model.llama(words), model.llama(words))
+    training.train_mode(model, training.set_trainable(model, train_phase2.TRAINABLE["caption"]))
+    assert not torch.equal(model.qformer(seen)[0], model.qformer(seen)[0])
+    assert torch.equal(model.llama(words), model.llama(words))
 
 
-def test_a_run_that_goes_on_keeps_what_it_was_given_and_refuses_other_flags(place):
-    run("align", place, "first", "--steps", "1")
-    run("generate", place, "second", "--steps", "1", "--init", str(place / "first"))
-    run("generate", place, "second", "--steps", "2", "--resume")  # --init is not said again
-    assert any(k.startswith("qformer.") for k in load_file(place / "second/last/model.safetensors"))
-    config = (place / "second/config.json").read_text()
-    for flags, told in (
-        (["--lr", "0.5"], "lr"),
-        (["--batch-size", "3"], "batch-size"),
-        (["--seed", "1"], "seed"),
-    ):
-        with pytest.raises(UserError, match=f"was started with {told}"):
-            run("generate", place, "second", "--steps", "3", "--resume", *flags)
-    with pytest.raises(UserError, match="was started with"):
-        run("align", place, "second", "--steps", "3", "--resume")
-    with pytest.raises(UserError, match="was started with stage generate, not tryon"):
-        run("tryon", place, "second", "--steps", "2", "--resume")
-    with pytest.raises(UserError, match="has done 2 steps already, more than the 1 of --steps"):
-        run("generate", place, "second", "--steps", "1", "--resume")
-    assert (place / "second/config.json").read_text() == config
-    with pytest.raises(UserError, match="nothing to resume"):
-        run("align", place, "mistyped", "--steps", "1", "--resume")
-    assert not (place / "mistyped").exists()
+def test_each_task_has_its_share_of_every_stretch_of_the_run():
+    steps = {"retrieval": 10, "cir": 30, "caption": 5, "tryon": 55}
+    mix = train_phase2.Mix(steps)
+    turns = [mix.next() for _ in range(100)]
+    assert {task: turns.count(task) for task in steps} == steps
+    for n in range(1, 101):
+        for task, share in steps.items():
+            assert abs(turns[:n].count(task) - share * n / 100) < len(steps) / 2, (task, n)
+    assert [train_phase2.Mix({"cir": 3}).next() for _ in range(3)] == ["cir"] * 3
 
 
-@pytest.mark.parametrize("stage", ["align", "caption"])
-def test_a_run_killed_before_its_first_checkpoint_starts_again(stage, place):
-    run(stage, place, "whole", "--steps", "1")
-    shutil.copytree(place / "whole", place / "killed")
-    for folder in ("last", "best"):
-        shutil.rmtree(place / "killed" / folder)
-    run(stage, place, "killed", "--steps", "1", "--resume")
-    a, b = (load_file(place / d / "last/model.safetensors") for d in ("whole", "killed"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+def test_the_rate_of_what_draws_is_fixed_and_that_of_the_qformer_rises_and_falls(place, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def noted(optimizer, *a, **kw):
+        rates.append([g["lr"] for g in optimizer.param_groups])
+        return step(optimizer, *a, **kw)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    run("2 mixed", place, "run", 8)
+    of = [training.cosine(s, 8, 1) for s in range(8)]
+    for column, peak in ((0, 1e-3), (1, 2e-5)):
+        assert [row[column] for row in rates] == pytest.approx([peak * x for x in of])
+    assert {row[2] for row in rates} == {1e-3}
 
 
-def test_stopped_in_one_stage_the_next_does_not_begin_and_goes_on_when_asked(place, monkeypatch):
-    stages = {k: {**v, "steps": 2, "epochs": None, "batch_size": 4} for k, v in train_phase1.DEFAULTS.items()}
-    monkeypatch.setattr(train_phase1, "DEFAULTS", stages)
-    data = ["--data", f"toy={place / 'toy'}", "--preset", "tiny", "--weights", str(place / "weights")]
-    everything = [*data, "--out", str(place / "all"), "--workers", "0"]
-    with stopped_after(1):
-        train_phase1.main(everything)
-    assert state(place / "all/align")["step"] == 1 and not (place / "all/caption").exists()
-    train_phase1.main([*everything, "--resume"])
-    assert [state(place / "all" / stage)["step"] for stage in train_phase1.STAGES] == [2, 2, 2]
-    learned = load_file(place / "all/generate/last/model.safetensors")  # all of it, from each of the three
-    parts = {runs.part_of(name) for name in learned}
-    assert parts == {
-        "qformer", "text_adapter", "lora", "image_adapter", "style_adapter", "null_context", "unet"
-    }  # fmt: skip
+def test_the_learning_rate_rises_then_falls_as_half_a_cosine():
+    values = [training.cosine(step, 110, warmup=10) for step in (0, 4, 9, 10, 60, 85, 110)]
+    assert values == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.5, 0.5 * (1 - 0.5**0.5), 0.0])
 
 
-def test_the_best_is_the_one_with_the_lowest_loss_on_what_was_held_out(place, monkeypatch):
-    values, calls, saved = [3.0, 1.0, 1.5, 2.0], [], []
-    encode, loss_of = train_phase1.STAGES["align"]
-    save = runs.save_checkpoint
-
-    def losses_of(model, batch, seed, step, progress):
-        if progress < 1.0:
-            return loss_of(model, batch, seed, step, progress)
-        calls.append(step)  # an evaluation: four batches
-        return {"itc": torch.tensor(values[(len(calls) - 1) // 4])}
-
-    def noted(folder, *rest):
-        saved.append((folder.name, rest[-1]["step"]))
-        save(folder, *rest)
-
-    monkeypatch.setitem(train_phase1.STAGES, "align", (encode, losses_of))
-    monkeypatch.setattr(runs, "save_checkpoint", noted)
-    run("align", place, "best", "--steps", "4", "--eval-every", "1")
-    assert saved == [("best", 1), ("last", 1), ("best", 2), ("last", 2), ("last", 3), ("last", 4)]
-    assert state(place / "best")["best"] == 1.0
-    assert (place / "best/losses.png").exists()
+def test_the_temperature_learns_at_the_official_rate_however_fast_the_rest(place, groups):
+    run("1 align", place, "align", 1, "--lr", "0.01")
+    assert [(len(g["params"]) == 1, g["peak"]) for g in groups] == [(False, 0.01), (True, 2e-5)]
+    groups.clear()
+    run("2 cir", place, "cir", 1, "--lr", "0.01")
+    assert [(len(g["params"]), g["peak"]) for g in groups[1:]] == [(1, 2e-5), (0, None)]
+    assert groups[0]["peak"] == 0.01
 
 
-def test_a_run_that_diverges_ends_in_one_line_and_leaves_what_was_sound(place, monkeypatch):
-    encode, loss_of = train_phase1.STAGES["align"]
-
-    def nan_later(model, batch, seed, step, progress):
-        parts = loss_of(model, batch, seed, step, progress)
-        return {name: loss * (float("nan") if step == 20 else 1.0) for name, loss in parts.items()}
-
-    monkeypatch.setitem(train_phase1.STAGES, "align", (encode, nan_later))
-    with pytest.raises(UserError, match="itc is nan at step 20: the run diverged"):
-        run("align", place, "wild", "--steps", "30", "--eval-every", "15")
-    assert state(place / "wild")["step"] == 15
-    tensors = load_file(place / "wild/last/model.safetensors")
-    assert all(t.isfinite().all() for t in tensors.values())
-    tensors["qformer.query_tokens"][:] = float("nan")
-    save_file(tensors, place / "nan.safetensors")
-    with pytest.raises(UserError, match="qformer.query_tokens is not finite"):
-        run("generate", place, "after", "--steps", "1", "--init", str(place / "nan.safetensors"))
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_no_sample_that_is_learned_from_is_among_those_that_choose_the_best(stage, place, monkeypatch):
-    module, seen = STAGES[stage], {True: set(), False: set()}
-    tasks = module.TASKS if stage == "tryon" else module.STAGES
-    encode, loss_of = tasks[stage]
-    learning = []
-
-    def note(model, batch):
-        picture = batch["person" if stage == "tryon" else "picture"]
-        seen[bool(learning)] |= {tuple(x.flatten()[::97].tolist()) for x in picture}
-        return encode(model, batch)
-
-    monkeypatch.setitem(tasks, stage, (note, loss_of))
-    real = training.averaged  # evaluations happen inside
-
-    def during(ema):
-        learning.clear()
-        return real(ema)
-
-    monkeypatch.setattr(training, "averaged", during)
-    zero_grad = torch.optim.AdamW.zero_grad
-
-    def stepped(optimizer, **kw):
-        zero_grad(optimizer, **kw)
-        learning.append(1)
-
-    learning.append(1)
-    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", stepped)
-    run(stage, place, "apart", "--steps", "6", "--eval-every", "6")
-    assert seen[True] and seen[False] and not seen[True] & seen[False]
-
-
-def test_negatives_harden_and_the_temperature_keeps_its_bounds(monkeypatch):
-    model, hardness = UniFashion(TINY), []
-    batch = {"features": torch.randn(4, 3, TINY.vit.dim), "ids": torch.arange(4)[:, None].repeat(1, 4)}
-    batch |= {"mask": torch.ones(4, 4), "product": torch.arange(4)}
-    real = losses.hard_negatives
-    monkeypatch.setattr(
-        losses, "hard_negatives", lambda sim, *rest: (hardness.append(sim.abs().max()), real(sim, *rest))[1]
-    )
-    for progress in (0.0, 0.25, 0.5, 1.0):
-        train_phase1.align_losses(model, batch, 0, 0, progress)
-    torch.testing.assert_close(torch.stack(hardness) / hardness[-1], torch.tensor([0.0, 0.5, 1.0, 1.0]))
-    for wild, kept in ((9.0, 0.5), (-1.0, 0.001)):
-        model.qformer.temp.data.fill_(wild)
-        train_phase1.align_losses(model, batch, 0, 0, 1.0)
-        assert model.qformer.temp.item() == pytest.approx(kept)
-
-
-def test_a_run_needs_no_git(place, monkeypatch):
-    monkeypatch.setenv("PATH", "/nonexistent")
-    run("align", place, "archive", "--steps", "1")
-    assert state(place / "archive")["commit"] == "unknown"
-
-
-@pytest.mark.parametrize("stage", ["caption", "generate"])
-def test_a_run_that_goes_on_remembers_what_it_started_from_and_how_long_it_is(stage, place):
-    run("align", place, "first", "--steps", "1")
-    run(stage, place, "whole", "--steps", "2", "--init", str(place / "first"))
-    run(stage, place, "killed", "--steps", "2", "--init", str(place / "first"))
-    for folder in ("last", "best"):  # before its first checkpoint
-        shutil.rmtree(place / "killed" / folder)
-    run(stage, place, "killed", "--resume")
-    whole, killed = (load_file(place / d / "last/model.safetensors") for d in ("whole", "killed"))
-    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
-    assert state(place / "killed")["step"] == 2
-    shutil.rmtree(place / "first")  # not needed any more
-    run(stage, place, "killed", "--steps", "3", "--resume")
-    assert json.loads((place / "killed/config.json").read_text())["init"] == str(place / "first")
-
-
-def test_only_a_run_with_the_shipped_frozen_files_is_shipped_with_the_curves_of_its_own_past(
-    place, monkeypatch
-):
-    monkeypatch.setattr(pretrain, "HERE", place / "weights")
-    drawn = []
-    monkeypatch.setattr(runs, "draw_curves", lambda chain, path: drawn.append([run.name for run in chain]))
-    run("caption", place, "a", "--steps", "1")
-    run("tryon", place, "b", "--steps", "1", "--init", str(place / "a"))
-    weights = place / "own"
-    shutil.copytree(place / "weights", weights)
-    monkeypatch.setattr(pretrain, "HERE", weights)
-    drawn.clear()
-    pretrain.main(["ship", "--init", str(place / "b")])
-    assert drawn == [["a", "b"]]
-    caption, whole = load_file(place / "a/best/model.safetensors"), load_file(weights / "model.safetensors")
-    assert any(
-        runs.part_of(name) == "lora" for name in caption
-    )  # carried through the try-on's run, and shipped
-    assert all(torch.equal(whole[name], tensor.half()) for name, tensor in caption.items())
-    shipped = (weights / "model.safetensors").read_bytes()
-    run("generate", place, "half", "--steps", "1", "--init", str(place / "a"))
-    with pytest.raises(UserError, match="holds no garment: its training is not finished"):
-        pretrain.main(["ship", "--init", str(place / "half")])
-    run("tryon", place, "mute", "--steps", "1")
-    with pytest.raises(UserError, match="holds no text_adapter: its training is not finished"):
-        pretrain.main(["ship", "--init", str(place / "mute")])
-    assert (weights / "model.safetensors").read_bytes() == shipped
-    (place / "a").rename(place / "gone")
-    pretrain.main(["ship", "--init", str(place / "b")])
-    assert drawn[-1] == ["b"]
-    (weights / "bert_vocab.txt").write_text("[PAD]\n")
-    with pytest.raises(UserError, match="was trained with another bert_vocab.txt"):
-        pretrain.main(["ship", "--init", str(place / "b")])
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_table_at_the_top_says_what_learns(stage, place):
-    draws = stage != "caption"
-    before = load_public(place, draws, not draws)
-    run(stage, place, "learns", "--steps", "1", "--lr", "0.01")
-    after = load_file(place / "learns/last/model.safetensors")
-    learned = training.set_trainable(load_public(place, draws, not draws), STAGES[stage].TRAINABLE[stage])
-    never_read = {"garment.encoder.middle"}  # nothing reads the coarsest features: they are not even computed
-    if draws:
-        never_read |= {f"garment.encoder.blocks.{i}." for i in range(len(before.garment.control_convs), 8)}
-    optimizer = load_file(place / "learns/last/optimizer.safetensors")
-    for name, tensor in before.state_dict().items():
-        moments = f"{name}:exp_avg" in optimizer
-        if name not in learned:
-            assert not moments, f"{name} is frozen and has an optimizer state"
-            assert name not in after or torch.equal(after[name], tensor), f"{name} is frozen and moved"
-        elif not any(name.startswith(p) for p in never_read):
-            assert moments, f"{name} gets no gradient"
-
-
-def test_an_average_of_the_weights_is_saved_and_the_raw_ones_beside_it(place):
-    run("tryon", place, "ema", "--steps", "3", "--lr", "0.01")
-    averaged = load_file(place / "ema/last/model.safetensors")
-    raw = load_file(place / "ema/last/optimizer.safetensors")
-    name = "unet.conv_out.weight"  # which starts at zero
-    assert 0 < averaged[name].norm() < 0.97 * raw[f"{name}:raw"].norm()
-
-
-def test_the_average_follows_as_its_decay_says():
-    p = torch.nn.Parameter(torch.zeros(1))
-    ema, expected = training.EMA({"p": p}, decay=0.3), 0.0
-    for n, value in enumerate((1.0, 5.0, -2.0, 4.0), start=1):
-        p.data.fill_(value)
-        ema.update()
-        decay = min(0.3, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * value
-    with training.averaged(ema):
-        assert p.item() == pytest.approx(expected)
-    assert p.item() == 4.0
-
-
-def test_what_was_learned_before_is_carried_over(place):
-    run("align", place, "first", "--steps", "1", "--lr", "0.01")
-    run("generate", place, "second", "--steps", "1", "--init", str(place / "first"))
-    first, second = (load_file(place / d / "last/model.safetensors") for d in ("first", "second"))
-    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
-    assert any(name.startswith("unet.") for name in second)
-
-
-def test_to_learn_to_write_leaves_all_the_rest_as_it_was_bit_for_bit(place, monkeypatch):
-    init = all_that_draws(place)
-    models, loaded = [], train_phase1.load_public
-
-    def noted(*args, **kw):
-        models.append(loaded(*args, **kw))
-        models.append({k: v.clone() for k, v in models[0].state_dict().items()})
-        return models[0]
-
-    monkeypatch.setattr(train_phase1, "load_public", noted)
-    run("caption", place, "writes", "--steps", "2", "--lr", "0.01", "--init", str(init))
-    model, before = models
-    given, after = load_file(init), load_file(place / "writes/last/model.safetensors")
-    new = {name for name in after if name not in given}
-    assert {runs.part_of(name) for name in new} == {"text_adapter", "lora"}
-    assert new == {k for k in before if runs.part_of(k) in ("text_adapter", "lora")}
-    assert given.keys() <= after.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in given.items())
-    for name, tensor in model.state_dict().items():  # the LLM's own weights and the ViT among them
-        was = given.get(name, before[name])
-        assert torch.equal(tensor, was) != (name in new), name
-    assert not (place / "writes/samples/000002.png").exists()
-    written = (place / "writes/samples/000002.txt").read_text().splitlines()
-    assert len(written) >= 5 and all(
-        line.startswith("-> ") for line in written[1::3]
-    )  # two, and a blank between
-
-
-@pytest.mark.parametrize("stage", ["align", "generate"])  # tryon: where a run is shipped
-def test_what_was_learned_to_write_is_carried_through_what_cannot_write(stage, place):
-    run("caption", place, "writes", "--steps", "1", "--lr", "0.01")
-    run(stage, place, "draws", "--steps", "1", "--init", str(place / "writes"))
-    shutil.move(place / "writes", place / "gone")
-    run(stage, place, "draws", "--steps", "2", "--resume")
-    first = load_file(place / "gone/last/model.safetensors")
-    for folder in ("last", "best"):
-        later = load_file(place / "draws" / folder / "model.safetensors")
-        writing = {k for k in first if runs.part_of(k) in ("text_adapter", "lora")}
-        assert writing == {k for k in later if runs.part_of(k) in ("text_adapter", "lora")} and writing
-        assert all(torch.equal(later[k], first[k]) for k in writing)
-    # and from there to learn on: nothing starts anew
-    run("caption", place, "again", "--steps", "1", "--lr", "1e-9", "--init", str(place / "draws"))
-    again = load_file(place / "again/last/model.safetensors")
-    assert all(torch.allclose(again[k], first[k], atol=1e-6) for k in writing)
-    assert again.keys() == later.keys()
+def test_the_text_adapter_learns_at_a_tenth_of_the_rate_of_lora(place, groups):
+    run("1 caption", place, "rates", 1, "--lr", "0.01")
+    shapes = [{tuple(p.shape) for p in g["params"]} for g in groups]
+    wide, dim = MINI.llama.dim, MINI.qformer.dim
+    assert shapes[1:] == [{(wide, dim)}, {(wide,)}] and len(groups[0]["params"]) == 2 * 7 * MINI.llama.depth
+    assert [g["peak"] for g in groups] == [0.01, 0.001, 0.001]
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
-    [
-        (
-            lambda t: t.update({"unet.bogus": torch.ones(2)}),
-            "unet.bogus is not a tensor of this preset's model",
-        ),
-        (lambda t: t["unet.conv_out.weight"].fill_(float("nan")), "unet.conv_out.weight is not finite"),
-        (lambda t: t.pop("unet.conv_out.weight"), "unet.conv_out.weight is missing"),
-        (lambda t: t.update({"unet.conv_out.bias": torch.ones(7)}), "unet.conv_out.bias has shape"),
-    ],
-    ids=["unknown", "not finite", "missing", "another shape"],
+    ("device", "dtype", "fused"), [("cpu", "bf16", False), ("cpu", "fp32", True), ("cuda", "bf16", True)]
 )
-def test_what_is_only_carried_is_looked_at_all_the_same(harm, told, place):
-    run("generate", place, "draws", "--steps", "1")
-    tensors = load_file(place / "draws/last/model.safetensors")
-    harm(tensors)
-    save_file(tensors, place / "harmed.safetensors")
-    with pytest.raises(UserError, match=told):
-        run("caption", place, "writes", "--steps", "1", "--init", str(place / "harmed.safetensors"))
-    assert not (place / "writes").exists()
+def test_only_in_bfloat16_on_a_cpu_is_attention_plain(device, dtype, fused):
+    training.plain_attention(torch.device(device), dtype)
+    assert torch.backends.cuda.flash_sdp_enabled() == fused
 
 
-def test_what_a_later_stage_lacks_is_told_before_the_first_has_trained(place):
-    shutil.copytree(place / "weights", place / "own")
-    (place / "own/llama.safetensors").unlink()
-    data = ["--data", f"toy={place / 'toy'}", "--preset", "tiny", "--weights", str(place / "own")]
-    with pytest.raises(UserError, match="llama.safetensors is missing"):
-        train_phase1.main([*data, "--out", str(place / "all"), "--workers", "0"])
-    assert not (place / "all").exists()
+@pytest.mark.parametrize(
+    ("flags", "samples", "steps"),
+    [
+        ({"epochs": 3}, 100, 30),
+        ({"epochs": 3, "accumulate": 2}, 100, 15),
+        ({"epochs": 1}, 109, 10),
+        ({"steps": 7}, 100, 7),
+        ({}, 100, 100),
+    ],
+)
+def test_epochs_are_so_many_steps(flags, samples, steps):
+    args = argparse.Namespace(**{"steps": None, "epochs": None, "accumulate": 1, **flags})
+    hparams = {"batch_size": 10, "epochs": 10, "steps": None}
+    assert training.planned_steps(args, hparams, samples, {}) == steps
+    before = {"steps": 5}
+    assert training.planned_steps(args, hparams, samples, before) == (
+        steps if flags.keys() & {"steps", "epochs"} else 5
+    )
 
 
-def test_layers_that_are_computed_again_learn_the_same(place, monkeypatch):
+@pytest.mark.parametrize("phase", ["phase 1", "phase 2"])
+def test_layers_that_are_computed_again_learn_the_same(phase, place, monkeypatch):
     """As FULL does, with dropout: its preset is DROPPING here, and its files are tiny's."""
+    module, what = {"phase 1": (train_phase1, "1 caption"), "phase 2": (train_phase2, "2 cir")}[phase]
     monkeypatch.setitem(PRESETS, "tiny", DROPPING)
     monkeypatch.setitem(PRESETS, "full", DROPPING)
-    for name in ("load_public", "llm_tokenizer"):
-        real = getattr(train_phase1, name)
-        monkeypatch.setattr(train_phase1, name, lambda _, *a, real=real, **kw: real("tiny", *a, **kw))
+    monkeypatch.setitem(module.DEFAULTS, "full", module.DEFAULTS["tiny"])
+    for name in ("load_public", "llm_tokenizer", "tokenizer"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda _, *a, real=real, **kw: real("tiny", *a, **kw))
     again, recomputed = [], llama.checkpoint
     monkeypatch.setattr(llama, "checkpoint", lambda *a, **kw: (again.append(1), recomputed(*a, **kw))[1])
-    run("caption", place, "kept", "--steps", "2", "--lr", "0.01")
+    run(what, place, "whole", 2)
     assert not again
-    run("caption", place, "again", "--steps", "2", "--lr", "0.01", "--preset", "full")
-    assert len(again) == 2 * TINY.llama.depth  # not where there is no gradient
-    a, b = (load_file(place / d / "last/model.safetensors") for d in ("kept", "again"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_before_its_first_step_a_run_predicts_as_the_llm_without_lora(place):
-    model = load_public(place, draws=False, writes=True)
-    base = llama.Llama(TINY.llama)
-    base.load_state_dict(load_file(place / "weights/llama.safetensors"))
-    ids, z = torch.arange(5, 25)[None], torch.randn(1, TINY.qformer.queries, TINY.qformer.dim)
-    training.train_mode(model, training.set_trainable(model, train_phase1.TRAINABLE["caption"]))
-    ours = model.predict_words(z, ids[0, :3], ids)
-    model.llama = base
-    assert torch.equal(model.predict_words(z, ids[0, :3], ids), ours)
-
-
-@pytest.mark.parametrize(("dim", "wide"), [(24, 24), (24, 128), (24, 12)])
-def test_soft_prompts_start_as_large_as_words(dim, wide):
-    torch.manual_seed(0)
-    z = torch.randn(200, 4, dim) @ torch.diag(torch.linspace(1.0, 4.0, dim)) + 3
-    adapter = torch.nn.Linear(dim, wide)
-    start_adapter(adapter, z, 0.02)
-    soft = adapter(z).detach().flatten(0, 1)
-    assert soft.std().item() == pytest.approx(0.02, rel=0.05)
-    torch.testing.assert_close(soft.mean(0), torch.zeros(wide), atol=1e-5, rtol=0)
-
-
-def test_a_text_adapter_that_nothing_has_trained_starts_from_its_data_and_a_trained_one_stays(
-    place, monkeypatch
-):
-    started, real = [], train_phase1.start_adapter
-    monkeypatch.setattr(
-        train_phase1, "start_adapter", lambda *a, **kw: (started.append((*a, kw)), real(*a, **kw))[1]
-    )
-    run("caption", place, "new", "--steps", "1", "--lr", "1e-9")
-    [(adapter, z, std, floor)] = started
-    assert floor == {"floor": 1e-4}
-    words = load_file(place / "weights/llama.safetensors")["embed.weight"]
-    assert std == pytest.approx(words.std().item(), rel=1e-3) and z.shape[1:] == (16, 128)
-    run(
-        "caption",
-        place,
-        "second",
-        "--steps",
-        "1",
-        "--lr",
-        "1e-9",
-        "--seed",
-        "1",
-        "--init",
-        str(place / "new"),
-    )
-    assert len(started) == 1
-    new, second = (load_file(place / d / "last/model.safetensors") for d in ("new", "second"))
-    for name in ("text_adapter.weight", "text_adapter.bias", "llama.layers.0.attn.q.lora_a"):
-        torch.testing.assert_close(second[name], new[name], atol=1e-6, rtol=0)
-
-
-def test_toy_stands_for_the_texts_of_three_shops_to_write_and_of_one_to_compare_and_draw(place):
-    toy_world = place / "toy"
-    short = ["fashion200k"]
-    for stage, names in (("align", short), ("generate", short), ("caption", list(INSTRUCTIONS))):
-        data = train_phase1.open_data([f"toy={toy_world}"], stage)
-        assert list(data) == names
-        assert all(len(part) == len(part.products) > 0 for part in data.values())
-    apart = [f"{name}={toy_world / name.removesuffix('-cap')}" for name in INSTRUCTIONS]
-    for stage in train_phase1.STAGES:  # a real data set is what it is in every stage
-        assert list(train_phase1.open_data(apart, stage)) == list(INSTRUCTIONS)
-        assert list(train_phase1.open_data(apart[1:], stage)) == list(INSTRUCTIONS)[1:]
-    for twice in ([apart[0], apart[0]], [f"toy={toy_world}", apart[0]], [apart[0], f"toy={toy_world}"]):
-        with pytest.raises(UserError, match="^--data names fashion200k twice .toy stands for [^\n]*$"):
-            train_phase1.open_data(twice, "align")
-    with pytest.raises(UserError, match="^unknown data set 'farfetch': it is one of toy, fashion200k, "):
-        train_phase1.open_data(["farfetch"], "caption")
-
-
-def test_every_sample_is_asked_for_in_its_own_style_and_answers_with_its_own_text(place):
-    words = llm_tokenizer("tiny", place / "weights")
-    data = train_phase1.open_data([f"toy={place / 'toy'}"], "caption")
-    samples = train_phase1.Answers(data, TINY, words)
-    assert len(samples) == sum(map(len, data.values()))
-    first, picked = 0, {}
-    for style, part in data.items():
-        for i in (0, len(part) - 1):
-            sample = samples[first + i]
-            start = int(sample["answer"].int().argmax())
-            assert sample["ids"][:start].tolist() == prompt(words, style)[1]
-            own = sample["ids"][sample["answer"]].tolist()
-            assert words.decode(own) == part[i]["text"] and own[-1] == words.eos  # toy's texts are not cut
-            picked[style] = start
-        first += len(part)
-    assert len(set(picked.values())) == 3  # templates of three lengths
+    run(what, place, "parts", 2, "--preset", "full", "--steps", "2")
+    assert len(again) == 2 * MINI.llama.depth  # not where there is no gradient
+    assert_same(learned(place / "whole"), learned(place / "parts"))
 
 
 def test_the_full_size_learns_to_write_on_a_gpu_of_80_gb():
     """Stage caption at FULL on the meta device: no GPU runs this test, it adds up what one would hold at the worst moment."""
-    b, cfg, bf16, fp32 = train_phase1.DEFAULTS["caption"]["batch_size"], FULL, 2, 4
+    b, cfg, bf16, fp32 = train_phase1.DEFAULTS["full"]["caption"]["batch_size"], FULL, 2, 4
     with torch.device("meta"):
         model = UniFashion(cfg, draws=False, writes=True)
         lora.inject(model.llama, cfg.lora)
@@ -561,183 +453,420 @@ def test_the_full_size_learns_to_write_on_a_gpu_of_80_gb():
     assert sum(x.nbytes for x in saved.values()) > 10 * x.nbytes, f"{len(saved)} tensors are not one layer's"
 
 
-@pytest.mark.parametrize("stage", ["generate", "tryon"])
-def test_an_adapter_that_nothing_has_trained_starts_from_its_data_and_a_trained_one_stays(stage, place):
-    run(stage, place, "new", "--steps", "1", "--lr", "1e-9")
-    adapters = [load_file(place / "new/last/model.safetensors")["image_adapter.weight"]]
-    run(stage, place, "second", "--steps", "1", "--lr", "1e-9", "--seed", "1", "--init", str(place / "new"))
-    adapters.append(load_file(place / "second/last/model.safetensors")["image_adapter.weight"])
-    torch.testing.assert_close(*adapters, atol=1e-6, rtol=0)
-    untouched = load_public(place).image_adapter.weight
-    assert adapters[0].norm() > 3 * untouched.norm()
+# What is begun with, and carried on
 
 
-@pytest.mark.parametrize("stage", ["generate", "tryon"])
-def test_a_run_resumed_before_its_first_checkpoint_starts_as_the_first_did(stage, place):
-    for name, more in (("whole", []), ("killed", ["--resume"])):
-        if more:
-            (place / name).mkdir()
-            shutil.copy(place / "whole/config.json", place / name)
-        run(stage, place, name, "--steps", "1", *more)
-    whole, killed = (load_file(place / d / "last/model.safetensors") for d in ("whole", "killed"))
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
-    if stage == "tryon":  # and the garment's encoder began as the U-Net's
-        ours, theirs = (whole[f"{part}.encoder.blocks.0.weight"] for part in ("garment", "unet"))
-        torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=0)
+def test_what_was_learned_before_is_carried_over(place):
+    run("1 align", place, "first", 1, "--lr", "0.01")
+    run("1 generate", place, "second", 1, "--init", str(place / "first"))
+    first, second = learned(place / "first"), learned(place / "second")
+    assert_same(first, {name: second[name] for name in first})
+    assert any(name.startswith("unet.") for name in second)
 
 
-def test_a_garment_encoder_that_was_trained_is_not_started_again(place):
-    run("tryon", place, "first", "--steps", "3", "--lr", "0.01")
-    run("tryon", place, "second", "--steps", "1", "--lr", "1e-9", "--init", str(place / "first"))
-    first, second = (load_file(place / d / "last/model.safetensors") for d in ("first", "second"))
-    name = "encoder.blocks.1.res.conv1.weight"
+def test_to_learn_to_write_leaves_all_the_rest_as_it_was_bit_for_bit(place):
+    given = load_file(place / "phase1.safetensors")
+    given = {k: v for k, v in given.items() if runs.part_of(k) not in WRITES}
+    save_file(given, place / "draws.safetensors")
+    run("1 caption", place, "run", 2, "--lr", "0.01", "--init", str(place / "draws.safetensors"))
+    after = learned(place / "run")
+    assert_same(given, {name: after[name] for name in given})
+    assert {runs.part_of(name) for name in after.keys() - given.keys()} == WRITES
+    assert not (place / "run/samples/000002.png").exists()
+    written = (place / "run/samples/000002.txt").read_text().splitlines()
+    assert len(written) >= 5 and all(line.startswith("-> ") for line in written[1::3])  # two, a blank between
+
+
+@pytest.mark.parametrize("what", ["1 align", "1 generate", "2 retrieval"])
+def test_what_was_learned_to_write_is_carried_through_what_cannot_write(what, place):
+    run("1 caption", place, "writes", 1, "--lr", "0.01", "--init", str(place / "phase1.safetensors"))
+    first = learned(place / "writes")
+    run(what, place, "draws", 1, "--init", str(place / "writes"))
+    shutil.rmtree(place / "writes")
+    run(what, place, "draws", 1, "--resume", "--steps", "2")
+    for folder in ("last", "best"):
+        later = learned(place / "draws", folder)
+        assert_same(*({k: v for k, v in x.items() if runs.part_of(k) in WRITES} for x in (first, later)))
+        assert later.keys() == first.keys()
+    # and from there to learn on: nothing starts anew
+    run("1 caption", place, "again", 1, "--lr", "1e-9", "--init", str(place / "draws"))
+    again = learned(place / "again")
+    assert all(torch.allclose(again[k], first[k], atol=1e-6) for k in first if runs.part_of(k) in WRITES)
+
+
+def test_phase_2_learns_to_draw_from_what_phase_1_learned_and_the_garment_begins_as_the_unet(place, watched):
+    run("2 tryon", place, "first", 4, "--lr", "0.01")
+    first, before = learned(place / "first"), watched["before"]
+    start = load_file(place / "phase1.safetensors")
+    assert_same({k: before[k] for k in start if k in before}, {k: start[k] for k in start if k in before})
+    for name in ("encoder.blocks.1.res.conv1.weight", "time_embed.fc1.weight"):
+        if f"unet.{name}" in before:
+            assert torch.equal(before[f"garment.{name}"], before[f"unet.{name}"])
+    run("2 tryon", place, "second", 1, "--lr", "1e-9", "--init", str(place / "first"))  # not started again
+    second, name = learned(place / "second"), "encoder.blocks.1.res.conv1.weight"
     torch.testing.assert_close(second[f"garment.{name}"], first[f"garment.{name}"], atol=1e-6, rtol=0)
     assert (second[f"garment.{name}"] - second[f"unet.{name}"]).abs().max() > 1e-3
 
 
-def test_a_run_killed_while_it_saves_can_be_resumed(place):
-    run("align", place, "killed", "--steps", "1")
-    last = place / "killed/last"
-    last.rename(last.with_name("last.old"))  # between the two renames of save_checkpoint
-    (place / "killed/last.new").mkdir()
-    run("align", place, "killed", "--steps", "2", "--resume")
-    assert state(place / "killed")["step"] == 2
-    assert [row["step"] for row in read_metrics(place / "killed") if "itc" in row] == [
-        0,
-        1,
-    ]  # it did not start again
+@pytest.mark.parametrize(
+    ("what", "lacks", "told"),
+    [
+        ("2 retrieval", "qformer", "a trained qformer: --init wants a run of train_phase1.py, stage align"),
+        ("2 cir", "text_adapter", "a trained text_adapter: --init wants a run of train_phase1.py, stage caption"),
+        ("2 caption", "text_adapter", "a trained text_adapter: --init wants a run of train_phase1.py, stage cap"),
+        ("2 cir", "image_adapter", "a trained image_adapter: --init wants a run of train_phase1.py, stage gen"),
+        ("2 tryon", "image_adapter", "a trained image_adapter: --init wants a run of train_phase1.py, stage gen"),
+        ("1 caption", "qformer", "--init wants a run of stage align or later"),
+        ("1 generate", "qformer", "--init wants a run of stage align or later"),
+    ],
+)  # fmt: skip
+def test_what_was_not_learned_yet_is_asked_for(what, lacks, told, place):
+    given = load_file(place / "phase1.safetensors")
+    save_file({k: v for k, v in given.items() if runs.part_of(k) != lacks}, place / "lacks.safetensors")
+    with pytest.raises(UserError, match=told):
+        run(what, place, "run", 1, "--init", str(place / "lacks.safetensors"))
+    assert not (place / "run").exists()
+    if what == "2 cir":  # unless it is left out
+        run(what, place, "run", 1, "--init", str(place / "lacks.safetensors"), "--without", "itg,q2i")
 
 
-def test_the_cache_changes_nothing_but_float16_rounding(place):
-    model = load_public(place).eval()
-    words = train_phase2.tokenizer("tiny", place / "weights")
-    scenes = train_phase2.Scenes(train_phase2.open_data([f"toy={place / 'toy'}"]), TINY, words)
-    order = [[3, 1], [0, 3]]
-    plain, cached = (
-        list(training.batches(scenes, iter(order), lambda b: train_phase2.encode_tryon(model, b), cache))
-        for cache in (False, True)
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (
+            lambda t: t.update({"unet.bogus": torch.ones(2)}),
+            "unet.bogus is not a tensor of this preset's model",
+        ),
+        (lambda t: t["unet.conv_out.weight"].fill_(float("nan")), "unet.conv_out.weight is not finite"),
+        (lambda t: t.pop("unet.conv_out.weight"), "unet.conv_out.weight is missing"),
+        (lambda t: t.update({"unet.conv_out.bias": torch.ones(7)}), "unet.conv_out.bias has shape"),
+    ],
+    ids=["unknown", "not finite", "missing", "another shape"],
+)
+def test_what_is_only_carried_is_looked_at_all_the_same(harm, told, place):
+    tensors = load_file(place / "phase1.safetensors")
+    harm(tensors)
+    save_file(tensors, place / "harmed.safetensors")
+    with pytest.raises(UserError, match=told):
+        run("1 caption", place, "writes", 1, "--init", str(place / "harmed.safetensors"))
+    assert not (place / "writes").exists()
+
+
+def test_what_a_later_stage_lacks_is_told_before_the_first_has_trained(place):
+    shutil.copytree(place / "weights", place / "own")
+    (place / "own/llama.safetensors").unlink()
+    everything = [a if a != "align" else "all" for a in arguments("1 align", place, "all")]
+    with pytest.raises(UserError, match="llama.safetensors is missing"):
+        train_phase1.main([*everything, "--weights", str(place / "own")])
+    assert not (place / "all").exists()
+
+
+def test_before_its_first_step_a_run_predicts_as_the_llm_without_lora(place):
+    model = load_public(place, draws=False, writes=True)
+    base = llama.Llama(MINI.llama)
+    base.load_state_dict(load_file(place / "weights/llama.safetensors"))
+    ids, z = torch.arange(5, 25)[None], torch.randn(1, MINI.qformer.queries, MINI.qformer.dim)
+    training.train_mode(model, training.set_trainable(model, train_phase1.TRAINABLE["caption"]))
+    ours = model.predict_words(z, ids[0, :3], ids)
+    model.llama = base
+    assert torch.equal(model.predict_words(z, ids[0, :3], ids), ours)
+
+
+@pytest.mark.parametrize(("dim", "wide"), [(24, 24), (24, 128), (24, 12)])
+def test_soft_prompts_start_as_large_as_words(dim, wide):
+    torch.manual_seed(0)
+    z = torch.randn(200, 4, dim) @ torch.diag(torch.linspace(1.0, 4.0, dim)) + 3
+    adapter = torch.nn.Linear(dim, wide)
+    start_adapter(adapter, z, 0.02)
+    soft = adapter(z).detach().flatten(0, 1)
+    assert soft.std().item() == pytest.approx(0.02, rel=0.05)
+    torch.testing.assert_close(soft.mean(0), torch.zeros(wide), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("what", ["1 caption", "1 generate"])
+def test_an_adapter_that_nothing_has_trained_starts_from_its_data_and_a_trained_one_stays(
+    what, place, monkeypatch
+):
+    started, real = [], train_phase1.start_adapter
+    monkeypatch.setattr(
+        train_phase1, "start_adapter", lambda *a, **kw: (started.append((*a, kw)), real(*a, **kw))[1]
     )
-    for a, b in zip(plain, cached, strict=True):
-        assert a.keys() == b.keys()
-        for k in a:
-            torch.testing.assert_close(a[k], b[k], atol=4e-3, rtol=2e-3)
-    assert not torch.allclose(*plain[0]["mean"], atol=0.1)  # samples are told apart
+    run(what, place, "new", 1, "--lr", "1e-9")
+    [(adapter, z, *rest)] = started
+    assert z.shape == (8 * 4, MINI.qformer.queries, MINI.qformer.dim)
+    if what == "1 caption":
+        words = load_file(place / "weights/llama.safetensors")["embed.weight"]
+        assert rest == [pytest.approx(words.std().item(), rel=1e-3), {"floor": 1e-4}]
+    run(what, place, "second", 1, "--lr", "1e-9", "--seed", "1", "--init", str(place / "new"))
+    assert len(started) == 1
+    new, second = learned(place / "new"), learned(place / "second")
+    name = "text_adapter" if what == "1 caption" else "image_adapter"
+    for k in (f"{name}.weight", f"{name}.bias"):
+        torch.testing.assert_close(second[k], new[k], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("dropped", [None, *train_phase2.DROP])
-def test_each_condition_is_dropped_as_often_as_the_table_says(dropped, monkeypatch):
-    """What is dropped for certain cannot change the loss; what is never dropped does."""
-    for name in train_phase2.DROP:
-        monkeypatch.setitem(train_phase2.DROP, name, float(name == dropped))
-    model, batch = randomise(UniFashion(TINY), 0).float(), encoded(3)
-    other = encoded(4)
-    before = train_phase2.tryon_losses(model, batch, 0, 0, 0.0)["q2I"]
-    for name, key in {"context": "z", "pose": "pose", "hint": "hints"}.items():
-        after = train_phase2.tryon_losses(model, batch | {key: other[key]}, 0, 0, 0.0)["q2I"]
-        assert torch.equal(before, after) == (name == dropped), name
+def test_only_a_run_with_the_shipped_frozen_files_is_shipped_with_the_curves_of_its_own_past(
+    place, monkeypatch
+):
+    monkeypatch.setattr(pretrain, "HERE", place / "weights")
+    drawn = []
+    monkeypatch.setattr(runs, "draw_curves", lambda chain, path: drawn.append([run.name for run in chain]))
+    run("1 generate", place, "a", 1, "--init", str(place / "phase1.safetensors"))
+    run("2 tryon", place, "b", 1, "--init", str(place / "a"))
+    weights = place / "own"
+    shutil.copytree(place / "weights", weights)
+    monkeypatch.setattr(pretrain, "HERE", weights)
+    drawn.clear()
+    pretrain.main(["ship", "--init", str(place / "b")])
+    assert drawn == [["a", "b"]]
+    whole = load_file(weights / "model.safetensors")
+    assert {"qformer", "garment", *WRITES, *DRAWS} == {runs.part_of(name) for name in whole}
+    assert_same(whole, {name: x.half() for name, x in learned(place / "b", "best").items()})
+    shipped = (weights / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="holds no garment: its training is not finished"):
+        pretrain.main(["ship", "--init", str(place / "a")])
+    run("1 generate", place, "mute", 1)
+    with pytest.raises(UserError, match="holds no (garment|text_adapter): its training is not finished"):
+        pretrain.main(["ship", "--init", str(place / "mute")])
+    assert (weights / "model.safetensors").read_bytes() == shipped
+    (place / "a").rename(place / "gone")
+    pretrain.main(["ship", "--init", str(place / "b")])
+    assert drawn[-1] == ["b"]
+    (weights / "bert_vocab.txt").write_text("[PAD]\n")
+    with pytest.raises(UserError, match="was trained with another bert_vocab.txt"):
+        pretrain.main(["ship", "--init", str(place / "b")])
 
 
-@pytest.mark.parametrize("chosen", range(4))
-def test_context_and_hint_are_of_the_one_condition_that_was_drawn(chosen, monkeypatch):
-    monkeypatch.setattr(train_phase2, "DROP", dict.fromkeys(train_phase2.DROP, 0.0))
-    model, batch, other = randomise(UniFashion(TINY), 0).float(), encoded(3), encoded(4)
-    batch["odds"] = torch.eye(4)[chosen].expand(2, 4)
-    before = train_phase2.tryon_losses(model, batch, 0, 0, 0.0)["q2I"]
-    for key in ("z", "hints"):
-        for i in range(4):
-            changed = batch[key].clone()
-            changed[:, i] = other[key][:, i]
-            after = train_phase2.tryon_losses(model, batch | {key: changed}, 0, 0, 0.0)["q2I"]
-            assert torch.equal(before, after) == (i != chosen), (key, i)
+# What chooses the best
 
 
-@pytest.mark.parametrize("task", ["generate", "tryon"])
-def test_q2i_learns_the_noise_that_was_added_and_drops_as_often_as_it_says(task, monkeypatch):
-    """x_t is the latent of the picture, noised as t says with the noise that is asked for; the rates are the table's."""
-    model, n = UniFashion(TINY), 2000
-    torch.nn.init.normal_(model.null_context)
-    (y, x), q = (2, 2), TINY.qformer
-    batch = {"mean": torch.randn(n, 4, y, x), "logvar": torch.full((n, 4, y, x), -30.0)}
-    asked, given = [], []
-    monkeypatch.setattr(model, "predict_noise", lambda *a: (asked.append(a), torch.zeros(n, 4, y, x))[1])
-    monkeypatch.setattr(model, "q2i", lambda *a: (given.append(a), torch.zeros(()))[1])
-    if task == "tryon":
-        batch |= {
-            "agnostic": torch.ones(n, 4, y, x),
-            "keep": torch.ones(n, 1, y, x),
-            "pose": torch.ones(n, 4, y, x),
-        }
-        batch |= {
-            "z": torch.randn(n, 4, 2, q.dim),
-            "hints": torch.randn(n, 4, 4, y, x),
-            "odds": torch.ones(n, 4),
-        }
-        train_phase2.tryon_losses(model, batch, 0, 0, 0.0)
-        _, _, scene, context, _, keep_hint = asked[0]
-        rates = dict(train_phase2.DROP)
-        assert 1 - keep_hint.mean().item() == pytest.approx(rates["hint"], abs=0.03)
-        assert (scene[:, 5:] == 0).all((1, 2, 3)).float().mean().item() == pytest.approx(
-            rates["pose"], abs=0.03
-        )
-    else:
-        batch |= {"z": torch.randn(n, 2, q.dim)}
-        train_phase1.generate_losses(model, batch, 0, 0, 0.0)
-        context, rates = asked[0][3], {"context": 0.2}
-    null = (context == model.null_context).all((1, 2)).float().mean().item()
-    assert null == pytest.approx(rates["context"], abs=0.04)
-    noised, t = asked[0][:2]
-    _, noise, t_of_loss = given[0]
-    assert torch.equal(t, t_of_loss) and t.min() < 20 and t.max() > 979 and abs(t.float().mean() - 499.5) < 30
-    signal = diffusion.alphas_cumprod()[t].sqrt()[:, None, None, None]
-    expected = signal * batch["mean"] * TINY.vae.scale + (1 - signal**2).sqrt() * noise
-    torch.testing.assert_close(noised, expected.float(), atol=1e-5, rtol=0)
-    assert noise.std().item() == pytest.approx(1, abs=0.02)
-    batch["logvar"] = torch.full((n, 4, y, x), 2 * np.log(5.0), dtype=torch.float32)
-    batch["mean"] = torch.zeros(n, 4, y, x)
-    getattr(train_phase2 if task == "tryon" else train_phase1, f"{task}_losses")(model, batch, 0, 0, 0.0)
-    drawn = asked[1][0] - (1 - signal**2).sqrt() * given[1][1]  # what is left is a draw of the VAE's own
-    early = t < 300
-    spread = (drawn / signal)[early].std().item()
-    assert spread == pytest.approx(5 * TINY.vae.scale, rel=0.05)
+def test_the_best_is_the_one_with_the_lowest_loss_on_what_was_held_out(place, monkeypatch):
+    values, calls, saved = [3.0, 1.0, 1.5, 2.0], [], []
+    encode, loss_of = train_phase1.STAGES["align"]
+    save = runs.save_checkpoint
+
+    def losses_of(model, batch, lots, progress):
+        if progress < 1.0:
+            return loss_of(model, batch, lots, progress)
+        calls.append(1)  # an evaluation: so many batches
+        return {"ITC": torch.tensor(values[state_of_run()])}
+
+    def noted(folder, *rest):
+        saved.append((folder.name, rest[-1]["step"]))
+        save(folder, *rest)
+
+    def state_of_run() -> int:
+        return len({step for _, step in saved})
+
+    monkeypatch.setitem(train_phase1.STAGES, "align", (encode, losses_of))
+    monkeypatch.setattr(runs, "save_checkpoint", noted)
+    run("1 align", place, "best", 4, "--eval-every", "1")
+    assert saved == [("best", 1), ("last", 1), ("best", 2), ("last", 2), ("last", 3), ("last", 4)]
+    assert state(place / "best")["best"] == 1.0
+    assert (place / "best/losses.png").exists()
 
 
-def test_itm_reads_matches_then_wrong_texts_then_wrong_images(monkeypatch):
-    model, b = UniFashion(TINY), 5
-    features = torch.randn(b, 3, TINY.vit.dim)
-    ids = torch.arange(b)[:, None].repeat(1, 4)
-    batch = {
-        "features": features,
-        "ids": ids,
-        "mask": torch.ones(b, 4),
-        "product": torch.tensor([0, 1, 2, 3, 3]),
+def test_each_task_counts_by_its_own_scale_when_the_best_of_all_is_chosen(place):
+    run("2 mixed", place, "run", 4)
+    rows = {k: v for row in metrics(place / "run") for k, v in row.items() if k.startswith("val")}
+    assert rows.keys() == {"val", *(f"val {task}" for task in train_phase2.TASKS)}
+    product = torch.tensor([rows[f"val {task}"] for task in train_phase2.TASKS], dtype=torch.float64).prod()
+    assert rows["val"] == pytest.approx(product.item() ** 0.25, rel=1e-9)
+    made = {path.suffix for path in (place / "run/samples").iterdir()}
+    assert made == {".txt", ".png"}  # captions, and pictures
+
+
+@pytest.mark.parametrize("what", RUNS[:-1])
+def test_no_sample_that_is_learned_from_is_among_those_that_choose_the_best(what, place, monkeypatch):
+    phase, part = what.split()
+    table = train_phase1.STAGES if phase == "1" else train_phase2.TASKS
+    seen, learning = {True: set(), False: set()}, [True]
+    *rest, encode, loss_of = table[part]
+
+    def note(model, batch):
+        picture = batch["person" if part == "tryon" else "pictures" if part == "cir" else "picture"]
+        picture = picture[:, 1] if part == "cir" else picture  # targets are held out, references may be both
+        seen[learning[0]] |= {tuple(x.flatten()[::97].tolist()) for x in picture}
+        return encode(model, batch)
+
+    monkeypatch.setitem(table, part, (*rest, note, loss_of))
+    train_mode, averaged = training.train_mode, training.averaged
+    monkeypatch.setattr(training, "averaged", lambda ema: (learning.__setitem__(0, False), averaged(ema))[1])
+    monkeypatch.setattr(training, "train_mode", lambda *a: (learning.__setitem__(0, True), train_mode(*a))[1])
+    run(what, place, "apart", 6, "--eval-every", "3")
+    assert len(seen[True]) > 4 and seen[False] and not seen[True] & seen[False]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "told"),
+    [
+        (1, ["--data", "imagenet"], "unknown data set 'imagenet': it is one of toy, "),
+        (1, ["--data", "toy", "--steps", "0"], "--steps is 0"),
+        (1, ["--data", "toy", "--steps", "5", "--epochs", "1"], "not both"),
+        (1, ["--data", "toy", "--stage", "all", "--lr", "0.1"], "name one with --stage"),
+        (1, ["--data", "toy", "--device", "abacus"], "unknown device"),
+        (1, ["--data", "toy", "--workers", "-1"], "--workers is -1"),
+        (1, ["--data", "toy", "--seed", "-1"], "--seed is -1"),
+        (1, ["--data", "toy", "--accumulate", "0"], "must be at least 1"),
+        (1, ["--data", "toy", "--stage", "all", "--resume"], "nothing to resume"),
+        (1, ["--data", "fashion200k=nowhere", "--stage", "align"], "lacks labels"),
+        (1, ["--data", "toy", "--stage", "align", "--init", "nowhere"], "neither a run folder"),
+        (1, ["--data", "toy", "--stage", "generate", "--steps", "1"], "--init wants a run of stage align"),
+        (1, ["--data", "toy", "--stage", "caption", "--steps", "1"], "--init wants a run of stage align"),
+        (1, ["--data", "toy", "fashiongen", "--stage", "caption"], "--data names fashiongen twice"),
+        (1, ["--data", "fashiongen", "--stage", "align"], "fashiongen_256_256_train.h5 is missing"),
+        (1, ["--data", "fashioniq-cap=nowhere", "--stage", "caption"], "nowhere lacks next_llava.train"),
+        (1, ["--data", "toy", "--stage", "align", "--batch-size", "1"], "--batch-size is 1"),
+        (1, ["--data", "toy", "--stage", "align", "--batch-size", "10000"], "fewer than one batch of 10000"),
+        (1, ["--data", "toy", "--stage", "align", "--lr", "nan"], "--lr is nan"),
+        (1, ["--data", "toy", "--stage", "align", "--lr", "inf"], "--lr is inf"),
+        (1, ["--data", "toy", "--step", "5"], "unrecognized arguments: --step 5"),
+        (2, ["--data", "toy", "--lr", "0.1"], "name one with --task"),
+        (2, ["--data", "toy", "--task", "cir", "tryon", "--steps", "4"], "name one with --task"),
+        (2, ["--data", "fashion200k=TOY/fashion200k", "--task", "cir"], "--task cir wants data: one of toy, fashioniq"),
+        (2, ["--data", "toy", "--without", "itm"], "--without itm: it is some of itg,q2i,caption"),
+        (2, ["--data", "toy", "--task", "cir", "--batch-size", "1"], "--batch-size is 1: cir compares"),
+        (2, ["--data", "toy", "--task", "retrieval", "--batch-size", "1"], "--batch-size is 1: retrieval compares"),
+        (2, ["--data", "toy", "--task", "tryon"], "no file holds a trained qformer: --init wants a run"),
+        (2, ["--data", "vitonhd=nowhere", "--task", "tryon"], "VITON-HD is incomplete"),
+        (2, ["--data", "toy", "--resume"], "nothing to resume"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_one_line(script, flags, told, place, monkeypatch):
+    common = ["--preset", "tiny", "--weights", str(place / "weights"), "--out", str(place / "wrong")]
+    flags = [f"toy={place / 'toy'}" if a == "toy" else a.replace("TOY", str(place / "toy")) for a in flags]
+    with pytest.raises(UserError, match=told) as error:
+        (train_phase1 if script == 1 else train_phase2).main([*flags, *common])
+    assert "\n" not in str(error.value)
+    assert not (place / "wrong").exists()
+
+
+def test_tasks_without_data_are_named_and_the_others_learn(place, capsys, monkeypatch):
+    data = [f"{name}={place / 'toy' / name}" for name in ("fashion200k", "fashioniq")]
+    out, start = place / "run", place / "phase1.safetensors"
+    given = ["--preset", "tiny", "--weights", str(place / "weights"), "--init", str(start), "--workers", "0"]
+    train_phase2.main(["--data", *data, *given, "--out", str(out)])
+    assert "without tryon: --data names nothing for it" in capsys.readouterr().err
+    assert json.loads((out / "config.json").read_text())["task"] == ["retrieval", "cir", "caption"]
+
+
+def test_targets_without_captions_are_left_out_or_captions_are_left_out(place):
+    shutil.copytree(place / "toy/fashioniq", place / "iq")
+    for file in (place / "iq").glob("next_llava.train*"):
+        file.unlink()
+    given = arguments("2 cir", place, "run", "--data", f"fashioniq={place / 'iq'}")
+    with pytest.raises(
+        UserError, match="no target of fashioniq has a caption: make them with infer.py caption"
+    ):
+        train_phase2.main(given)
+    train_phase2.main([*given, "--without", "itg,caption"])
+    assert metrics(place / "run")[0].keys() >= {"cir ITC", "cir ITM", "cir q2I"}
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_damaged_pictures_of_the_data_are_one_line_even_from_a_worker(workers, place, capsys):
+    damaged = place / "damaged"
+    shutil.copytree(place / "toy", damaged)
+    for path in damaged.glob("vitonhd/train/cloth/*"):
+        path.write_bytes(path.read_bytes()[:300])
+    given = arguments("2 tryon", place, "run", "--data", f"toy={damaged}", "--workers", workers)
+    with pytest.raises(SystemExit) as left:
+        training.run(lambda: train_phase2.main(given))
+    told = [line for line in capsys.readouterr().err.splitlines() if "missing or broken" in line]
+    assert left.value.code == 2 and len(told) == 1
+    assert f"{damaged}/vitonhd/train/cloth/" in told[0] and "cannot be read as an image" in told[0]
+    assert "--allow-missing" in told[0]
+
+
+def test_no_world_is_drawn_where_a_path_was_mistyped(place):
+    with pytest.raises(UserError, match="typo holds no ToyFashion: python -m unifashion.data.toy --out"):
+        training.toy_folder(place / "typo")
+    assert not (place / "typo").exists()
+
+
+# Helpers
+
+
+def assert_same_runs(place: Path) -> None:
+    """The runs whole and parts have learned and measured the same, bit for bit."""
+    whole, parts = place / "whole", place / "parts"
+    assert_same(learned(whole), learned(parts))
+    assert_same(learned(whole, "best"), learned(parts, "best"))
+    assert_same(moments(whole), moments(parts))
+    assert state(whole) == state(parts)
+    measured = [[row for row in metrics(d) if any(k.startswith("val") for k in row)] for d in (whole, parts)]
+    assert measured[0] == measured[1] and len([row for row in measured[0] if "val" in row]) == 1
+
+
+def learned_once(place: Path, what: str) -> list[str]:
+    """--init and a run folder to start `what` from."""
+    if what == "1 align":
+        return []
+    run("1 align", place, "first", 1)
+    if what == "2 mixed":  # with all of phase 1
+        shutil.copy(place / "phase1.safetensors", place / "first/last/model.safetensors")
+    return ["--init", str(place / "first")]
+
+
+def never_read(what: str, model: UniFashion) -> set[str]:
+    """Of what learns, what no loss of these reads."""
+    if what in ("1 align", "1 caption", "1 generate", "2 retrieval", "2 cir"):
+        return set()
+    unread = {"garment.encoder.middle"}  # nothing reads the coarsest features: they are not even computed
+    if what != "2 caption":
+        unread |= {f"garment.encoder.blocks.{i}." for i in range(len(model.garment.control_convs), 99)}
+    if what == "2 mixed":
+        return unread
+    last = MINI.qformer.depth - 1  # in whose text nobody is interested: the queries have read it before
+    unread |= {
+        f"qformer.{k}" for k in ("vision_proj", "text_proj", "itm_head", "temp", f"layers.{last}.text_mlp")
     }
-    passes = []
-    model.qformer.register_forward_pre_hook(lambda _, given: passes.append(given))
-    train_phase1.align_losses(model, batch, 0, 0, 1.0)
-    image, text, _ = passes[-1]
-    seen = model.qformer.ln_vision(features)
-    shown = [next(j for j in range(b) if torch.equal(x, seen[j])) for x in image]
-    said, product = text[:, 0].tolist(), batch["product"].tolist()
-    assert shown[: 2 * b] == [*range(b)] * 2 and said[:b] == said[2 * b :] == [*range(b)]
-    assert all(product[i] != product[j] for i, j in zip(shown[b:], said[b:], strict=True))
+    if what == "2 caption":  # from the picture alone
+        unread |= {f"qformer.{k}" for k in ("word_embeddings", "position_embeddings")}
+        unread |= {f"qformer.layers.{i}.text_mlp" for i in range(MINI.qformer.depth)}
+    return unread
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_for_the_end_and_a_second_one_is_obeyed_at_once(sign):
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        stop = training.Stop()
-        assert not stop.asked
-        os.kill(os.getpid(), sign)
-        assert stop.asked and signal.getsignal(sign) == signal.SIG_DFL
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+@pytest.fixture
+def watched(monkeypatch) -> dict:
+    """Of a run, while it goes on: its model, what it was at first, what has had a gradient, and what moved at which step."""
+    seen: dict = {"graded": set(), "moved": [], "eyes": 0}
+    turns: list[str] = []
+    started, stepped, turned = training.train_mode, torch.optim.AdamW.step, train_phase2.Mix.next
 
+    def looks(module, given, made):
+        assert not torch.is_grad_enabled()
+        seen["eyes"] += 1
 
-def test_the_learning_rate_rises_then_falls_as_half_a_cosine():
-    values = [training.cosine(step, 110, warmup=10) for step in (0, 4, 9, 10, 60, 85, 110)]
-    assert values == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.5, 0.5 * (1 - 0.5**0.5), 0.0])
+    def begin(model, parameters):
+        if "model" not in seen:
+            seen["model"] = model
+            seen["before"] = {k: v.clone() for k, v in model.state_dict().items()}
+            for part in (model.vit, getattr(model, "vae", model.vit)):
+                for module in part.modules():
+                    module.register_forward_hook(looks)
+        return started(model, parameters)
+
+    def step(optimizer, *a, **kw):
+        model = seen["model"]
+        seen["graded"] |= {name for name, p in model.named_parameters() if p.grad is not None}
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        out = stepped(optimizer, *a, **kw)
+        moved = {runs.part_of(k) for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+        seen["moved"].append((turns[-1] if turns else "", moved))
+        return out
+
+    def turn(mix):
+        turns.append(turned(mix))
+        return turns[-1]
+
+    monkeypatch.setattr(training, "train_mode", begin)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(train_phase2.Mix, "next", turn)
+    return seen
 
 
 @pytest.fixture
@@ -751,345 +880,3 @@ def groups(monkeypatch) -> list[dict]:
 
     monkeypatch.setattr(torch.optim.AdamW, "__init__", noted)
     return groups
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "fused"), [("cpu", "bf16", False), ("cpu", "fp32", True), ("cuda", "bf16", True)]
-)
-def test_only_in_bfloat16_on_a_cpu_is_attention_plain(device, dtype, fused):
-    training.plain_attention(torch.device(device), dtype)
-    assert torch.backends.cuda.flash_sdp_enabled() == fused
-
-
-def test_the_temperature_learns_at_the_official_rate_however_fast_the_rest(place, groups):
-    run("align", place, "rates", "--steps", "1", "--lr", "0.01")
-    assert [(len(g["params"]) == 1, g["peak"]) for g in groups] == [(False, 0.01), (True, 2e-5)]
-
-
-def test_the_text_adapter_learns_at_a_tenth_of_the_rate_of_lora(place, groups):
-    run("caption", place, "rates of caption", "--steps", "1", "--lr", "0.01")
-    shapes = [{tuple(p.shape) for p in g["params"]} for g in groups]
-    wide, dim = TINY.llama.dim, TINY.qformer.dim
-    assert shapes[1:] == [{(wide, dim)}, {(wide,)}] and len(groups[0]["params"]) == 2 * 7 * TINY.llama.depth
-    assert [g["peak"] for g in groups] == [0.01, 0.001, 0.001]
-
-
-@pytest.mark.parametrize(
-    ("flags", "samples", "steps"),
-    [
-        ({"epochs": 3}, 100, 30),
-        ({"epochs": 3, "accumulate": 2}, 100, 15),
-        ({"epochs": 1}, 109, 10),
-        ({"steps": 7}, 100, 7),
-        ({}, 100, 100),
-    ],
-)
-def test_epochs_are_so_many_steps(flags, samples, steps):
-    args = argparse.Namespace(**{"steps": None, "epochs": None, "accumulate": 1, **flags})
-    hparams = {"batch_size": 10, "epochs": 10, "steps": None}
-    assert training.planned_steps(args, hparams, samples, {}) == steps
-    before = {"steps": 5}
-    assert training.planned_steps(args, hparams, samples, before) == (
-        steps if flags.keys() & {"steps", "epochs"} else 5
-    )
-
-
-def test_every_sample_is_seen_once_an_epoch_whatever_the_start():
-    order = list(training.batch_order(10, 3, seed=1, start=0, stop=6))
-    assert len({i for batch in order[:3] for i in batch}) == 9
-    assert order[4:] == list(training.batch_order(10, 3, seed=1, start=4, stop=6))
-    assert order[:3] != order[3:6]
-
-
-def test_held_out_products_are_whole():
-    names = [f"p{i // 3}" for i in range(300)]
-    kept, held = training.held_out(names, every=10)
-    assert held and not {names[i] for i in kept} & {names[i] for i in held}
-    assert sorted(kept + held) == list(range(300))
-
-
-def test_hard_negatives_are_alike_and_never_belong_together():
-    sim = torch.eye(6)
-    sim[0, 3] = sim[3, 0] = 0.9
-    same = torch.eye(6, dtype=torch.bool)
-    same[1, 2] = same[2, 1] = True
-    sim[1, 2] = sim[2, 1] = 0.99
-    for seed in range(50):
-        text, image = losses.hard_negatives(sim, torch.tensor(0.05), same, training.seeded(seed))
-        for chosen in (text, image):
-            assert not same[torch.arange(6), chosen].any()
-            assert chosen[0] == 3 and chosen[3] == 0
-
-
-def test_hard_negatives_survive_a_batch_that_all_belongs_together():
-    same = torch.ones(4, 4, dtype=torch.bool)
-    text, _ = losses.hard_negatives(torch.eye(4), torch.tensor(0.07), same, training.seeded(0))
-    assert (text != torch.arange(4)).all()
-
-
-def test_itm_is_low_only_when_matches_and_mismatches_are_told_apart():
-    yes, no = torch.tensor([[-5.0, 5.0]]), torch.tensor([[5.0, -5.0]])
-    right = losses.itm(yes.repeat(3, 1), no.repeat(6, 1))
-    assert right < 1e-3
-    assert losses.itm(no.repeat(3, 1), yes.repeat(6, 1)) > 5
-
-
-def test_a_dropped_context_is_the_null_vector_for_that_sample_only():
-    model = UniFashion(TINY)
-    torch.nn.init.normal_(model.null_context)
-    context = torch.randn(3, 4, TINY.unet.context_dim)
-    dropped = model.drop_context(context, torch.tensor([True, False, True]))
-    assert torch.equal(dropped[0], context[0]) and torch.equal(dropped[2], context[2])
-    assert torch.equal(dropped[1], model.null_context[0].expand(4, -1))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--data", "imagenet"], "unknown data set"),
-        (["--data", "toy", "--steps", "0"], "--steps is 0"),
-        (["--data", "toy", "--steps", "5", "--epochs", "1"], "not both"),
-        (["--data", "toy", "--stage", "all", "--lr", "0.1"], "name one with --stage"),
-        (["--data", "toy", "--device", "abacus"], "unknown device"),
-        (["--data", "toy", "--workers", "-1"], "--workers is -1"),
-        (["--data", "toy", "--seed", "-1"], "--seed is -1"),
-        (["--data", "toy", "--stage", "all", "--resume"], "nothing to resume"),
-        (["--data", "fashion200k=nowhere", "--stage", "align"], "lacks labels"),
-        (
-            ["--data", "toy", "--stage", "align", "--init", "nowhere", "--batch-size", "4"],
-            "neither a run folder",
-        ),
-        (
-            ["--data", "toy", "--stage", "generate", "--batch-size", "4", "--steps", "1"],
-            "--init wants a run of stage align",
-        ),
-        (
-            ["--data", "toy", "--stage", "caption", "--batch-size", "4", "--steps", "1"],
-            "--init wants a run of stage align",
-        ),
-        (["--data", "toy", "fashiongen", "--stage", "caption"], "--data names fashiongen twice"),
-        (["--data", "toy", "fashiongen", "--stage", "align"], "fashiongen_256_256_train.h5 is missing"),
-        (["--data", "fashioniq", "--stage", "caption"], "unknown data set 'fashioniq'.*fashioniq-cap"),
-        (["--data", "fashioniq-cap=nowhere", "--stage", "caption"], "nowhere lacks next_llava.train"),
-        (["--data", "toy", "--stage", "align", "--batch-size", "1"], "--batch-size is 1"),
-        (["--data", "toy", "--stage", "align", "--lr", "nan"], "--lr is nan"),
-        (["--data", "toy", "--stage", "align", "--lr", "inf"], "--lr is inf"),
-        (["--data", "toy", "--step", "5"], "unrecognized arguments: --step 5"),
-    ],
-)
-def test_wrong_arguments_are_one_line(arguments, told, place):
-    common = ["--preset", "tiny", "--weights", str(place / "weights"), "--out", str(place / "wrong")]
-    arguments = [a.replace("toy", f"toy={place / 'toy'}") if a == "toy" else a for a in arguments]
-    with pytest.raises(UserError, match=told):
-        train_phase1.main([*arguments, *common])
-    assert not (place / "wrong").exists()
-
-
-def test_a_tiny_try_on_wants_a_qformer_that_was_trained(place):
-    data = ["--data", f"toy={place / 'toy'}", "--preset", "tiny", "--weights", str(place / "weights")]
-    with pytest.raises(UserError, match="no file holds a Q-Former: --init wants a run"):
-        train_phase2.main([*data, "--out", str(place / "wrong"), *SMALL, "--steps", "1"])
-    assert not (place / "wrong").exists()
-
-
-def test_a_run_folder_that_cannot_be_made_is_one_line(place):
-    (place / "file").write_text("")
-    with pytest.raises(UserError, match="file is not a folder that can be written"):
-        run("align", place, "file/run", "--steps", "1")
-
-
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_damaged_picture_of_the_data_is_one_line_even_from_a_worker(workers, place, capsys):
-    damaged = place / "damaged"
-    shutil.copytree(place / "toy", damaged)
-    for path in damaged.glob("vitonhd/train/cloth/*"):
-        path.write_bytes(path.read_bytes()[:300])
-    data = ["--data", f"toy={damaged}", "--preset", "tiny", "--weights", str(place / "weights")]
-    rest = [
-        "--init",
-        str(place / "start.safetensors"),
-        "--out",
-        str(place / "out"),
-        *SMALL,
-        "--workers",
-        workers,
-        "--steps",
-        "1",
-    ]
-    with pytest.raises(SystemExit) as left:
-        training.run(lambda: train_phase2.main([*data, *rest]))
-    told = capsys.readouterr().err.splitlines()
-    assert left.value.code == 2 and len(told) == 1
-    assert f"{damaged}/vitonhd/train/cloth/" in told[0] and "cannot be read as an image" in told[0]
-
-
-def test_stopped_before_its_first_step_it_says_so_in_one_line(capsys):
-    def main() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as left:
-        training.run(main)
-    assert left.value.code == 130 and capsys.readouterr().err.endswith(": stopped\n")
-
-
-def test_no_world_is_drawn_where_a_path_was_mistyped(place):
-    with pytest.raises(UserError, match="typo holds no ToyFashion: python -m unifashion.data.toy --out"):
-        training.toy_folder(place / "typo")
-    assert not (place / "typo").exists()
-
-
-def test_a_used_run_folder_is_not_written_over(place):
-    run("align", place, "used", "--steps", "1")
-    with pytest.raises(UserError, match="--resume"):
-        run("align", place, "used", "--steps", "1")
-
-
-@pytest.mark.parametrize("part", ["vae", "vit", "llama"])
-def test_the_stand_ins_resume_bit_for_bit(part, place, monkeypatch):
-    monkeypatch.setattr(pretrain, "HERE", place)
-    (place / "llama_tokenizer.model").symlink_to(place / "weights/llama_tokenizer.model")
-
-    def go(name: str, *more: str) -> None:
-        pretrain.main(
-            [
-                part,
-                "--data",
-                str(place / "toy"),
-                "--out",
-                str(place / name),
-                *SMALL[:2],
-                "--steps",
-                "4",
-                *more,
-            ]
-        )
-
-    go("pre")
-    with stopped_after(2):
-        go("pre2")
-    go("pre2", "--resume")
-    a, b = (load_file(place / d / "last/model.safetensors") for d in ("pre", "pre2"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-# ---------------------------------------------------------------------------------------------- helpers
-
-SMALL = ["--workers", "0", "--batch-size", "4", "--eval-every", "100"]
-DROPPING = replace(
-    TINY, qformer=replace(TINY.qformer, dropout=0.1), lora=replace(TINY.lora, dropout=0.1), max_caption=24
-)
-
-
-def run(stage: str, place: Path, name: str, *more: str) -> None:
-    flag = "--task" if stage == "tryon" else "--stage"
-    data = ["--data", f"toy={place / 'toy'}", "--preset", "tiny", "--weights", str(place / "weights")]
-    if stage != "align" and not {"--init", "--resume"} & {*more}:
-        data += ["--init", str(place / "start.safetensors")]
-    STAGES[stage].main([*data, flag, stage, "--out", str(place / name), *SMALL, *more])
-
-
-def all_that_draws(place: Path) -> Path:
-    """A run's model.safetensors with everything that stages align, generate and tryon learn."""
-    model = randomise(UniFashion(TINY), 3).float()
-    tensors = {k: v for k, v in model.state_dict().items() if k[:4] not in ("vit.", "vae.")}
-    save_file(tensors, place / "draws.safetensors")
-    return place / "draws.safetensors"
-
-
-def state(folder: Path) -> dict:
-    return json.loads((folder / "last/state.json").read_text())
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def load_public(place: Path, draws: bool = True, writes: bool = False) -> UniFashion:
-    torch.manual_seed(0)
-    return train_phase1.load_public("tiny", place / "weights", draws=draws, writes=writes)
-
-
-def encoded(seed: int) -> dict[str, torch.Tensor]:
-    """Stands for `encode_tryon`: two samples of random latents."""
-    made, (y, x), q = torch.Generator().manual_seed(seed), TINY.latent, TINY.qformer
-    shapes = {
-        "mean": (4, y, x),
-        "logvar": (4, y, x),
-        "agnostic": (4, y, x),
-        "keep": (1, y, x),
-        "pose": (4, y, x),
-    }
-    shapes |= {"z": (4, q.queries, q.dim), "hints": (4, 4, y, x)}
-    batch = {name: torch.randn(2, *shape, generator=made) for name, shape in shapes.items()}
-    return batch | {"odds": torch.ones(2, 4)}
-
-
-class stopped_after:
-    """Within, a run is asked to stop after so many steps, as by Ctrl-C: it must leave with a shell's code for that."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def __enter__(self) -> None:
-        self.patch = pytest.MonkeyPatch()
-        asked: list[training.Stop] = []
-        born = training.Stop.__init__
-        self.patch.setattr(training.Stop, "__init__", lambda stop: (born(stop), asked.append(stop), None)[2])
-        zero_grad, count = torch.optim.AdamW.zero_grad, iter(range(1, 1000))
-
-        def counted(optimizer: torch.optim.AdamW, **kw: bool) -> None:
-            zero_grad(optimizer, **kw)
-            if next(count) == self.steps:
-                asked[-1].asked = True
-
-        self.patch.setattr(torch.optim.AdamW, "zero_grad", counted)
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> bool:
-        self.patch.undo()
-        assert error is not None, "the run was not stopped"
-        return kind is SystemExit and error.code == 130
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small ToyFashion, and stand-ins with random weights."""
-    place = tmp_path_factory.mktemp("training")
-    toy.ensure(place / "toy", train=12, val=2, test=2, workers=1, quiet=True)
-    (place / "weights").mkdir()
-    torch.manual_seed(0)
-    model = UniFashion(TINY, writes=True)
-    for part in ("vit", "vae", "llama"):
-        tensors = getattr(model, part).state_dict()
-        save_file({k: v.contiguous() for k, v in tensors.items()}, place / "weights" / f"{part}.safetensors")
-    start = {f"qformer.{k}": v.contiguous() for k, v in model.qformer.state_dict().items()}
-    save_file(start, place / "start.safetensors")
-    vocab = build_vocab(["red dress with white dots and long sleeves"])
-    (place / "weights/bert_vocab.txt").write_text("\n".join(vocab) + "\n")
-    shutil.copy(FOLDERS["tiny"] / "llama_tokenizer.model", place / "weights")
-    return place
-
-
-@pytest.fixture
-def place(made: Path, tmp_path: Path) -> Iterator[Path]:
-    for name in ("toy", "weights", "start.safetensors"):
-        (tmp_path / name).symlink_to(made / name)
-    yield tmp_path
-    shutil.rmtree(tmp_path)
-
-
-def test_curves_show_each_loss_where_it_was(tmp_path):
-    run = tmp_path / "align"
-    run.mkdir()
-    for step in range(0, 100, 2):
-        runs.log_line(run, step=step, itc=8.0 - step / 13, lr=1e-3, norms=[1.0], seconds=3.0)
-    runs.log_line(run, step=98, val=4.0)
-    runs.draw_curves([run, run], tmp_path / "losses.png")
-    with Image.open(tmp_path / "losses.png") as image:
-        panel = np.asarray(image.convert("RGB").crop((0, 0, image.width // 2, image.height))).astype(int)
-        assert np.array_equal(panel, np.asarray(image.convert("RGB"))[:, image.width // 2 :])
-    ys, xs = np.nonzero(panel[40:, :, 2] - panel[40:, :, 0] > 100)  # itc is blue, and falls
-    assert np.corrcoef(xs, ys)[0, 1] > 0.99 and np.ptp(xs) > 300 and np.ptp(ys) > 150
-    ys, xs = np.nonzero(
-        panel[40:, :, 0] - panel[40:, :, 2] > 100
-    )  # val is red, one dot, half way up at the end
-    assert np.ptp(xs) < 8 and abs(xs.mean() - 425) < 4 and abs(ys.mean() - 115) < 15

@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def similarity(image: Tensor, text: Tensor) -> Tensor:
-    """image (i,q,d), text (t,d), unit vectors -> (i,t): the best of the queries. In float32: bf16 ties cost recall."""
+    """image (i,q,d), text (t,d), unit vectors -> (i,t): the best of the queries. In float32 at least: bf16 ties cost recall."""
     with torch.autocast(image.device.type, enabled=False):
-        scores = torch.einsum("iqd,td->itq", image.float(), text.float())
+        scores = torch.einsum("iqd,td->itq", _wide(image), _wide(text))
     return scores.amax(-1)
 
 
@@ -54,7 +54,7 @@ def hard_negatives(
 
 def itm(positive: Tensor, negatives: Tensor) -> Tensor:
     """Eq. 4 as BLIP-2 does it: binary cross-entropy. positive (b,2) and negatives (2b,2) logits of (no match, match)."""
-    logits = torch.cat([positive, negatives]).float()
+    logits = _wide(torch.cat([positive, negatives]))
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     target[: len(positive)] = 1
     return F.cross_entropy(logits, target)
@@ -68,3 +68,7 @@ def itg(logits: Tensor, ids: Tensor, answer: Tensor) -> Tensor:
     """
     loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
     return ((loss * answer).sum(1) / answer.sum(1)).mean()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

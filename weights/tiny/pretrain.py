@@ -1,7 +1,7 @@
 """Train the stand-ins for what FULL downloads, all on ToyFashion: the VAE, the ViT, the LLM, and both tokenizers.
 
     python -m weights.tiny.pretrain vocab|words|vae|vit|llama --data data/toy    writes over its file in weights/tiny/
-    python -m weights.tiny.pretrain ship --init runs/caption    the best of a run -> weights/tiny/model.safetensors, losses.png
+    python -m weights.tiny.pretrain ship --init runs/phase2     the best of a run -> weights/tiny/model.safetensors, losses.png
 
 model.safetensors knows which ViT, VAE, LLM and vocabularies it was trained with, and is not loaded beside others: it then has to be
 trained anew. --out, runs/PART if not given, holds checkpoints and curves.
@@ -122,7 +122,7 @@ def chat(i: int) -> str:
 
 
 class Texts(Dataset):
-    """As many texts as are asked for: ids (t,) with <s> and </s>, and which of them are to be predicted."""
+    """As many texts as are asked for: after (t,), ids with <s> and </s>, and which of them are to be predicted."""
 
     def __init__(self, words: SentencePiece, n: int) -> None:
         self.words, self.n = words, n
@@ -134,7 +134,7 @@ class Texts(Dataset):
         text = [*self.words.encode(chat(i)), self.words.eos][: TINY.max_caption + 64]
         ids = torch.full((TINY.max_caption + 64,), self.words.eos)
         ids[: len(text)] = torch.tensor(text)
-        return {"ids": ids, "answer": (torch.arange(len(ids)) < len(text)) & (torch.arange(len(ids)) > 0)}
+        return {"after": ids, "answer": (torch.arange(len(ids)) < len(text)) & (torch.arange(len(ids)) > 0)}
 
 
 class Writer(nn.Module):
@@ -143,7 +143,7 @@ class Writer(nn.Module):
         self.llama = Llama(TINY.llama)
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        ids, known = batch["ids"], batch["answer"][:, 1:]
+        ids, known = batch["after"], batch["answer"][:, 1:]
         logits = self.llama.logits(self.llama(self.llama.embed(ids[:, :-1])))
         return {"words": F.cross_entropy(logits[known], ids[:, 1:][known])}
 
@@ -229,7 +229,8 @@ def train(
         if done:
             break
     if stop.asked:
-        sys.exit(130)
+        print(f"pretrain.py: stopped, {out} is saved: --resume goes on", file=sys.stderr)
+        return
     save_half(getattr(model, part).state_dict(), HERE / f"{part}.safetensors")
     if part == "vae":
         report_vae(model.vae.eval(), Pictures(root), out)
@@ -302,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("part", choices=["vocab", "words", "vae", "vit", "llama", "ship"])
     parser.add_argument("--data", type=Path, default=Path("data/toy"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--init", type=Path, default=Path("runs/caption"), help="the run to ship")
+    parser.add_argument("--init", type=Path, default=Path("runs/phase2"), help="the run to ship")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch-size", type=int)
@@ -325,8 +326,6 @@ def main(argv: list[str] | None = None) -> None:
         stages = [args.init]  # and what it started from, and what that started from, as far as they are here
         while before := _read_config(stages[0])["init"]:
             before = Path(before).parent if Path(before).name in ("best", "last") else Path(before)
-            if before.resolve() == HERE.resolve():  # what was shipped before
-                before = args.init.with_name("tryon")
             if not (before / "config.json").is_file():
                 break
             stages.insert(0, before)

@@ -129,7 +129,7 @@ def train(args: argparse.Namespace) -> bool:
         samples, held, told[task] = samples_of(task, data[task], cfg, words, llm_words, args.without)
         samples = feed.Sound(samples, out / f"skipped.{task}.txt", args.allow_missing)
         train_set[task], val_set[task] = (Subset(samples, part) for part in feed.held_out(held))
-        asked = {"steps": before["task_steps"][task]} if before else {}
+        asked = {"steps": n} if (n := before.get("task_steps", {}).get(task)) else {}  # none: refused below
         steps[task] = training.planned_steps(args, hparams[task], len(train_set[task]), asked)
     total = sum(steps.values())
 

@@ -51,6 +51,7 @@ MAY_CHANGE = (
     "allow_missing",
     "eval_every",
     "steps",
+    "task_steps",
     "epochs",
 )
 
@@ -99,7 +100,8 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
     check_out(out, resume)
     config = json.loads(json.dumps(config, default=str))
     if before := asked_before(out, resume):
-        for name in before.keys() & config.keys() - set(MAY_CHANGE):
+        asked = before.keys() & config.keys() - set(MAY_CHANGE)
+        for name in sorted(asked, key=lambda name: (name != "stage", name)):
             if name == "company":  # files that a stage does not read may have come since
                 before[name] = {
                     file: before[name][file] for file in before[name].keys() & config[name].keys()
@@ -299,27 +301,27 @@ class Watch:
         """names {task: of each sample a name}"""
         self.out, self.names = out, names
         self.first = torch.full((), -1, dtype=torch.long, device=device)
-        self.seen: dict[int, tuple[str, dict[str, Tensor], Tensor]] = {}
+        self.seen: list[tuple[int, str, dict[str, Tensor], Tensor]] = []
 
     def see(self, step: int, task: str, losses: dict[str, Tensor], index: Tensor) -> None:
         losses = {name: x.detach() for name, x in losses.items()}
         bad = ~torch.stack(list(losses.values())).isfinite().all()
-        self.first = torch.where((self.first < 0) & bad, step, self.first)
-        self.seen[step] = task, losses, index
+        self.first = torch.where((self.first < 0) & bad, len(self.seen), self.first)
+        self.seen.append((step, task, losses, index))
 
     def check(self) -> None:
         """Raise UserError if a loss was not a number, and leave RUN/nan.json: the checkpoints are from before that."""
         first = int(self.first)
         anywhere = parallel.anywhere(first >= 0)
         if first >= 0:
-            task, losses, index = self.seen[first]
+            step, task, losses, index = self.seen[first]
             values = {name: float(x) for name, x in losses.items()}
-            told = {"step": first, "task": task, "losses": {k: str(v) for k, v in values.items()}}
+            told = {"step": step, "task": task, "losses": {k: str(v) for k, v in values.items()}}
             told["samples"] = [self.names[task][i] for i in index.tolist()]
             name = "nan.json" if parallel.world() == 1 else f"nan.{parallel.rank()}.json"
             (self.out / name).write_text(json.dumps(told, indent=1))
             bad = next(k for k, v in values.items() if not math.isfinite(v))
-            raise UserError(diverged(self.out, bad, values[bad], first) + f"; {name} has its samples")
+            raise UserError(diverged(self.out, bad, values[bad], step) + f"; {name} has its samples")
         if anywhere:
             raise UserError("another process found a loss that is not a number")
         self.seen.clear()

@@ -83,6 +83,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
     samples = feed.Sound(samples, out / "skipped.txt", args.allow_missing)
     train_set, val_set = (Subset(samples, part) for part in feed.held_out(products(data)))
     steps = training.planned_steps(args, hparams, len(train_set), before)
+    few = parallel.few(size, len(val_set))
 
     torch.manual_seed(args.seed)  # what no file holds starts random
     llm_dtype = training.compute_dtype(device, args.dtype)  # what is frozen needs no float32
@@ -107,11 +108,12 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
             start = "starts as published" if part in PUBLIC_PARTS[args.preset] else "starts anew"
             tqdm.write(f"{part} {f'goes on from {init}' if part in modules else start}", file=sys.stderr)
     if fresh and stage != "align" and TRAINABLE[stage][0].removesuffix(".*") not in modules:
-        few = feed.batch_order(len(train_set), size, args.seed, 0, 8)
+        order = feed.batch_order(len(train_set), size, args.seed, 0, 8)
         with training.autocast(device, args.dtype):
-            z = parallel.gather(torch.cat([batch["z"] for batch in stream(train_set, few)]))
+            z = parallel.gather(torch.cat([batch["z"] for batch in stream(train_set, order)]))
         if writes:  # soft prompts as large as words, in which small differences, too, are heard
-            start_adapter(model.text_adapter, z, float(model.llama.embed.weight.float().std()), floor=1e-4)
+            as_words = float(model.llama.embed.weight.detach().float().std())
+            start_adapter(model.text_adapter, z, as_words, floor=1e-4)
         else:
             start_adapter(model.image_adapter, z)
     if args.shard and parallel.world() > 1:
@@ -140,7 +142,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
     @torch.no_grad()
     def evaluate() -> float:
         model.eval()
-        few, values = min(size, len(val_set)) // parallel.world(), []
+        values = []
         path = out / "samples" / f"{state['step']:06}"
         order = feed.batch_order(len(val_set), few * parallel.world(), 0, 0, 4)
         with training.autocast(device, args.dtype):
@@ -175,7 +177,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         for micro in range(step * accumulate, (step + 1) * accumulate):
             with training.autocast(device, args.dtype):
                 batch = next(feeder)
-                torch.manual_seed(args.seed + micro)  # dropout, too, depends on the step alone
+                torch.manual_seed(parallel.apart(args.seed + micro))  # of dropout: by the step alone
                 lots = training.Lots(stage, args.seed, micro, b, device)
                 parts = loss_of(model, batch, lots, step / steps)
             watch.see(step, stage, parts, batch["index"])

@@ -124,13 +124,14 @@ def train(args: argparse.Namespace) -> bool:
     draws = "tryon" in tasks or ("cir" in tasks and "q2i" not in args.without)
     words = tokenizer(args.preset, args.weights)
     llm_words = llm_tokenizer(args.preset, args.weights) if writes else None
-    train_set, val_set, told, steps = {}, {}, {}, {}
+    train_set, val_set, told, steps, few = {}, {}, {}, {}, {}
     for task in tasks:
         samples, held, told[task] = samples_of(task, data[task], cfg, words, llm_words, args.without)
         samples = feed.Sound(samples, out / f"skipped.{task}.txt", args.allow_missing)
         train_set[task], val_set[task] = (Subset(samples, part) for part in feed.held_out(held))
         asked = {"steps": n} if (n := before.get("task_steps", {}).get(task)) else {}  # none: refused below
         steps[task] = training.planned_steps(args, hparams[task], len(train_set[task]), asked)
+        few[task] = parallel.few(size[task], len(val_set[task]))
     total = sum(steps.values())
 
     torch.manual_seed(args.seed)
@@ -202,13 +203,13 @@ def train(args: argparse.Namespace) -> bool:
         model.eval()
         values = []
         for task in tasks:
-            part, few = val_set[task], min(size[task], len(val_set[task])) // parallel.world()
-            order = feed.batch_order(len(part), few * parallel.world(), 0, 0, 4)
+            part = val_set[task]
+            order = feed.batch_order(len(part), few[task] * parallel.world(), 0, 0, 4)
             with training.autocast(device, args.dtype):
                 losses = [
                     sum(
                         losses_of[task](
-                            model, batch, training.Lots(f"val {task}", 0, i, few, device), 1.0
+                            model, batch, training.Lots(f"val {task}", 0, i, few[task], device), 1.0
                         ).values()
                     )
                     for i, batch in enumerate(stream(task, part, order))
@@ -252,7 +253,7 @@ def train(args: argparse.Namespace) -> bool:
         for micro in range(step * accumulate, (step + 1) * accumulate):
             with training.autocast(device, args.dtype):
                 batch = next(feeders[task])
-                torch.manual_seed(args.seed + micro)  # dropout, too, depends on the step alone
+                torch.manual_seed(parallel.apart(args.seed + micro))  # of dropout: by the step alone
                 lots = training.Lots(task, args.seed, micro, b[task], device)
                 parts = losses_of[task](model, batch, lots, step / total)
             watch.see(step, task, parts, batch["index"])

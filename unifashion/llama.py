@@ -233,7 +233,7 @@ class Steps:
         self.llama, self.slot = llama, t
         self.slots = torch.arange(n, device=prompt.device)
         self.mask = F.pad(mask, (0, max_tokens), value=True)
-        like = llama.embed.weight
+        like = llama.norm.weight  # what training in shards leaves whole
         self.cache = KVCache(llama.cfg, b, n, like)
         hidden = llama(prompt, self.mask, self.cache, self.slots[:t])
         last = (mask * self.slots[:t]).argmax(1)  # of the prompt's tokens, where padding is on the right

@@ -17,10 +17,13 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unifashion import UserError
+
+_notes: dist.Store | None = None  # what the processes leave for each other beside the collectives
 
 
 def join(device: torch.device) -> torch.device:
@@ -31,8 +34,11 @@ def join(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        global _notes
+        _notes, rank, world = next(dist.rendezvous("env://"))
         # Flags go over the CPU: to ask for them waits for no GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_notes, rank=rank, world_size=world)
     return device
 
 
@@ -49,9 +55,27 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier() -> None:
+def together(error: UserError | None = None) -> None:
+    """Wait for all. The error of any process is raised in every one: none is left waiting for one that is gone."""
+    errors = [error and str(error)]
     if world() > 1:
-        dist.barrier()
+        errors *= world()
+        dist.all_gather_object(errors, errors[0])
+    for told in filter(None, errors):
+        raise UserError(told)
+
+
+def tells(error: str) -> bool:
+    """Whether it falls to this process to print that: what goes wrong in all of them is told once."""
+    if _notes is None:
+        return os.environ.get("RANK", "0") == "0"
+    _notes.add("errors", 1)
+    return _notes.add(f"told {error}", 1) == 1
+
+
+def follows() -> bool:
+    """Whether another process has told an error: one that this process meets now is that it is gone."""
+    return _notes is not None and _notes.add("errors", 0) > 0
 
 
 def share(batch: int) -> int:
@@ -61,9 +85,21 @@ def share(batch: int) -> int:
     return batch // world()
 
 
+def few(batch: int, n: int) -> int:
+    """How many of n samples each process evaluates at a time, at most its share of a batch. UserError if that is none."""
+    if n < world():
+        raise UserError(f"{n} samples are held out, too few for {world()} processes")
+    return min(batch, n) // world()
+
+
 def own(x: Tensor) -> Tensor:
     """x (b,...) of all processes -> the rows (b/world,...) of this one."""
     return x.chunk(world())[rank()]
+
+
+def apart(seed: int) -> int:
+    """A seed for what may differ between processes, as dropout does between samples; of the first, or only one, `seed`."""
+    return seed + (rank() << 33)
 
 
 class _Gather(torch.autograd.Function):
@@ -146,8 +182,10 @@ def local(x: Tensor) -> Tensor:
 
 def like(x: Tensor, target: Tensor) -> Tensor:
     """A whole tensor, placed, typed and cut as `target` is."""
+    if not isinstance(target, DTensor):
+        return torch.empty_like(target).copy_(x)  # in its memory format, too
     x = x.to(target.device, target.dtype)
-    return distribute_tensor(x, target.device_mesh, target.placements) if isinstance(target, DTensor) else x
+    return distribute_tensor(x, target.device_mesh, target.placements)
 
 
 def shard(units: Iterable[nn.Module], methods: tuple[str, ...] = ()) -> None:
@@ -158,10 +196,13 @@ def shard(units: Iterable[nn.Module], methods: tuple[str, ...] = ()) -> None:
     of a context, embeddings, logits), which FSDP's usual one root would not see. `methods` are those other than forward that
     units are called by. LoRA's matrices stay whole in every process: they are small, and of another type than what is frozen.
     """
+    mesh: DeviceMesh | None = None
     for unit in units:
+        device = next(unit.parameters()).device
+        mesh = mesh or init_device_mesh(device.type, (world(),))
         lora = {p for name, p in unit.named_parameters() if name.endswith((".lora_a", ".lora_b"))}
-        sharded = fully_shard(unit, reshard_after_forward=True, ignored_params=lora)
-        if next(unit.parameters()).device.type == "cpu":  # gloo cannot average, only sum
+        sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=lora)
+        if device.type == "cpu":  # gloo cannot average, only sum
             sharded.set_force_sum_reduction_for_comms(True)
         for name in methods:
             if hasattr(unit, name):

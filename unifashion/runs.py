@@ -75,19 +75,19 @@ _locks: dict[Path, object] = {}  # files that stay open for as long as the proce
 
 
 def lock(out: Path) -> None:
-    """Raise UserError if another process works in `out`. The lock goes with the process, however it ends."""
-    if parallel.rank() > 0:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    if out.resolve() in _locks:
-        return
-    file = open(out / "lock", "w")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(f"{out} is in use by another process: name another --out") from None
-    _locks[out.resolve()] = file
+    """Raise UserError if another run works in `out`. The lock goes with the process, however it ends."""
+    error = None
+    if parallel.rank() == 0 and out.resolve() not in _locks:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / "lock", "w")  # noqa: SIM115
+        try:
+            # Not flock: the processes that read pictures would hold it, too, for seconds after this one was killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _locks[out.resolve()] = file
+        except OSError:
+            file.close()
+            error = UserError(f"{out} is in use by another process: name another --out")
+    parallel.together(error)
 
 
 def asked_before(out: Path, resume: bool) -> dict:
@@ -110,15 +110,19 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
             if before[name] != config[name]:
                 flag, was = name.replace("_", "-"), before[name]
                 raise UserError(f"{out} was started with {flag} {was}, not {config[name]}: repeat its flags")
-    if has_checkpoint(out) and (done := _state_of(out / "last")["step"]) > config["steps"]:
+    if has_checkpoint(out) and (done := _state_of(_whole_one(out / "last"))["step"]) > config["steps"]:
         raise UserError(f"{out} has done {done} steps already, more than the {config['steps']} of --steps")
+    parallel.together()  # all have looked before the first of them writes
     lock(out)
     if parallel.rank() == 0:
+        for folder in (out / "last", out / "best"):
+            if (found := _whole_one(folder)) != folder:
+                os.replace(found, folder)
         new = out / "config.json.new"
         new.write_text(json.dumps(config, indent=1))
         new.replace(out / "config.json")
         (out / "samples").mkdir(exist_ok=True)
-    parallel.barrier()
+    parallel.together()
 
 
 def save_sheet(rows: list[Tensor], path: Path) -> None:
@@ -196,7 +200,7 @@ def _panel(name: str, log: list[dict], size: tuple[int, int] = (880, 560)) -> Im
 
 def model_file(path: Path) -> Path:
     """--init: a run folder stands for its last checkpoint."""
-    for candidate in (path, path / "last" / "model.safetensors", path / "model.safetensors"):
+    for candidate in (path, _whole_one(path / "last") / "model.safetensors", path / "model.safetensors"):
         if candidate.is_file():
             return candidate
     raise UserError(f"{path} is neither a run folder nor a model.safetensors")
@@ -233,29 +237,36 @@ def save_checkpoint(
     if ema is not None:
         ema.swap()
         state = {**state, "averaged": ema.n}
+    error = None
     if parallel.rank() == 0:
-        new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-        shutil.rmtree(new, ignore_errors=True)
         try:
-            new.mkdir(parents=True)
-            save_file(tensors, new / "model.safetensors")
-            save_file(moments, new / "optimizer.safetensors")
-            (new / "state.json").write_text(
-                json.dumps({**state, "modules": modules, "commit": git_commit()}, indent=1)
-            )
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(new, ignore_errors=True)
-            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-                raise UserError(
-                    f"{folder} cannot be saved: the disk is full. What was saved before is whole"
-                ) from None
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    parallel.barrier()
+            _write(folder, tensors, moments, {**state, "modules": modules, "commit": git_commit()})
+        except UserError as full:
+            error = full
+    parallel.together(error)
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], moments: dict[str, Tensor], state: dict) -> None:
+    """Beside it first, then two renames: `_whole_one` knows what to do about a kill between them."""
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        save_file(tensors, new / "model.safetensors")
+        save_file(moments, new / "optimizer.safetensors")
+        (new / "state.json").write_text(json.dumps(state, indent=1))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise UserError(
+                f"{folder} cannot be saved: the disk is full. What was saved before is whole"
+            ) from None
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _kept(x: Tensor) -> Tensor:
@@ -311,8 +322,7 @@ class Watch:
 
     def check(self) -> None:
         """Raise UserError if a loss was not a number, and leave RUN/nan.json: the checkpoints are from before that."""
-        first = int(self.first)
-        anywhere = parallel.anywhere(first >= 0)
+        first, error = int(self.first), None
         if first >= 0:
             step, task, losses, index = self.seen[first]
             values = {name: float(x) for name, x in losses.items()}
@@ -321,9 +331,8 @@ class Watch:
             name = "nan.json" if parallel.world() == 1 else f"nan.{parallel.rank()}.json"
             (self.out / name).write_text(json.dumps(told, indent=1))
             bad = next(k for k, v in values.items() if not math.isfinite(v))
-            raise UserError(diverged(self.out, bad, values[bad], step) + f"; {name} has its samples")
-        if anywhere:
-            raise UserError("another process found a loss that is not a number")
+            error = UserError(diverged(self.out, bad, values[bad], step) + f"; {name} has its samples")
+        parallel.together(error)
         self.seen.clear()
 
 
@@ -332,13 +341,16 @@ def diverged(out: Path, name: str, value: float, step: int) -> str:
 
 
 def has_checkpoint(out: Path) -> bool:
-    return any((out / name).exists() for name in ("last", "last.old"))  # killed between two renames: .old
+    return _whole_one(out / "last").exists()
+
+
+def _whole_one(folder: Path) -> Path:
+    """A checkpoint, or the one before it where a run was killed between the two renames that replace it."""
+    old = folder.with_name(folder.name + ".old")
+    return old if old.exists() and not folder.exists() else folder
 
 
 def _state_of(folder: Path) -> dict:
-    old = folder.with_name(folder.name + ".old")
-    if not folder.exists() and old.exists():
-        os.replace(old, folder)
     return json.loads((folder / "state.json").read_text())
 
 
@@ -350,9 +362,12 @@ def load_checkpoint(
     ema: EMA | None,
 ) -> dict:
     """Put everything back where `save_checkpoint` found it. -> its state."""
-    if not has_checkpoint(folder.parent):
-        return {}  # killed before its first checkpoint: from the start
-    state = _state_of(folder)
+    # A run that was killed after it saved `best` and before `last` has that best already.
+    best = folder.with_name("best")
+    lowest = {"best": _state_of(best)["best"]} if best.exists() else {}
+    if not folder.exists():
+        return lowest  # killed before its first checkpoint: from the start
+    state = {**_state_of(folder), **lowest}
     load_learned(model, folder / "model.safetensors")
     moments = load_file(folder / "optimizer.safetensors")
     for name, p in parameters.items():

@@ -145,7 +145,12 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:  # from a DataLoader's worker it comes with the worker's traceback before it
         told = str(error).strip().splitlines()[-1].removeprefix("unifashion.UserError: ")
-        print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
+        if parallel.tells(told):
+            print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError:  # of several processes one is gone, and has said why
+        if not parallel.follows():
+            raise
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
@@ -304,7 +309,10 @@ def averaged(ema: EMA | None) -> Iterator[None]:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask for the end: the loop finishes its step, saves and leaves. Asked again, they end at once."""
+    """
+    Ctrl-C and SIGTERM ask for the end: the loop finishes its step, saves and leaves. Asked again, they end at once; not where
+    torchrun passes on what a cluster's scheduler has sent to every process already. It waits 30 seconds (--shutdown-timeout).
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -313,7 +321,8 @@ class Stop:
 
     def _ask(self, signum: int, _: object) -> None:
         self.asked = True
-        signal.signal(signum, signal.SIG_DFL)
+        if parallel.world() == 1:
+            signal.signal(signum, signal.SIG_DFL)
 
     def asked_anywhere(self) -> bool:
         """Whether it was asked of any process: all leave after the same step."""

@@ -102,6 +102,13 @@ def test_labels_and_joints_lie_where_the_person_is(root):
         assert joints.shape == (18, 4) and joints[:, 3].tolist() == list(range(18))
         x, y = (joints[:, :2] / 4).astype(int).T  # drawn at 128x96, told in 512x384
         assert label[y[0], x[0]] == label[y[14], x[14]] == 11  # nose, right eye
+        own, _, _ = wearer(0, 1.0, "train", category, int(number))
+        assert (5 in label) <= (own.bottom == "skirt") and (6 in label) <= (own.bottom != "skirt")
+        across = np.arange(label.shape[1])[None].repeat(len(label), 0)
+        for left, right in ((9, 10), (12, 13), (14, 15)):  # the person's own: right is left in the picture
+            if left in label and right in label:
+                assert across[label == left].mean() > across[label == right].mean()
+        assert {9, 10, 14, 15} <= set(np.unique(label))
         assert x[2] < x[5] and x[8] < x[11] and (y[8] > y[2]) and (y[10] > y[9] > y[8])
 
 

@@ -27,14 +27,14 @@ its target has, and so both say "red" of a red dress. The limits lie between wha
       of a quarter of the targets alone          14 - 16   16 - 18    6 -  7
     two people, of each other                           4    6 -  8         1
       where both say seven words and more         6 - 10   12 - 17    1 -  2
-    ToyFashion, 2000: two attributes told             12        12         0
-                      four                            26        26         0
-                      all six                         40        40         0
+    ToyFashion, 2000 test garments, its queries       24        24         0
+      in the captions' phrases, four attributes       26        26         0
+                                all six               40        40         0
 
 The two people are Fashion-IQ's annotators: one's text of a triplet is the query, the other's is taken for the target's caption,
 in pools as large. Both have seen both pictures and were asked the same question, so that no captioner who sees the target alone
-should come nearer. ToyFashion is the other extreme: queries that name attributes of the target in the very phrases of the
-captions, and nothing else. What no sign tells: a leak into few captions, and texts that are rewritten in other words.
+should come nearer. ToyFashion is the other extreme: queries that name many attributes of the target and nothing else, in the
+last lines in the very phrases of the captions. What no sign tells: a leak into few captions, and texts that are rewritten in other words.
 """
 
 import argparse
@@ -235,7 +235,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(prog="python -m eval.leaks", description=__doc__)
     p.add_argument("--captions", type=Path, nargs="+", required=True, metavar="FILE", help="json or jsonl")
     p.add_argument("--data", required=True, metavar="fashioniq=PATH", help="with captions/ and image_splits/")
-    p.add_argument("--split", choices=["val", "train"], default="val", help="default %(default)s")
+    p.add_argument("--split", choices=["val", "test"], default="val", help="default %(default)s")
     p.add_argument("--allow-leaky-captions", action="store_true", help="print the figures and exit with 0")
     args = p.parse_args(argv)
     name, _, path = args.data.partition("=")

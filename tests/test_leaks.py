@@ -122,9 +122,22 @@ def test_of_few_queries_even_all_are_not_much():
     assert math.isclose(p - low, z * math.sqrt(low * (1 - low) / n), rel_tol=1e-9)
     rows, queries, pool = prose(300)
     leaky = [{"image": target, "caption": text} for text, target in queries]
-    for n, signs in ((1, []), (3, ["found"])):
+    for n, signs in ((2, []), (3, ["found"])):
         assert check(leaky, queries[:n], pool, allow=True).found == 100
         assert refusal(leaky, queries[:n], pool) == signs
+    rows, queries, pool = prose(600)
+    for n, signs in ((1, []), (4, ["copied"])):  # of 15
+        texts = {target: f"{text} of very special words" for text, target in queries[:n]}
+        asked = [(texts.get(target, text), target) for text, target in queries[:15]]
+        leaky = [row | {"caption": f"{row['caption']} {texts.get(row['image'], '')}"} for row in rows]
+        assert refusal(leaky, asked, pool) == signs
+
+
+def test_what_any_query_would_find_is_not_found_by_its_text():
+    rows, _, pool = prose(300)
+    special = [rows[0] | {"caption": "a dress like no other"}, *rows[1:]]
+    found = check(special, [("dress", pool[0])] * 50, pool)
+    assert found.found == found.found_shuffled == 100 and found.reasons == ()
 
 
 # Figures
@@ -186,6 +199,18 @@ def test_captions_of_none_of_the_candidates_are_not_said_to_be_honest():
     assert check(rows[:30], queries, pool).candidates == 50  # some may be missing
 
 
+def test_found_is_among_the_best_half_percent():
+    pool = [f"i{n}" for n in range(600)]
+    for alike, found in (
+        (2, 100),
+        (3, 100),
+        (4, 0),
+    ):  # of 600 the best three; of those that score as much it is the last
+        rows = [{"image": name, "caption": f"dress{i // alike}"} for i, name in enumerate(pool)]
+        queries = [(row["caption"], row["image"]) for row in rows]
+        assert check(rows, queries, pool, allow=True).found == found
+
+
 # The command
 
 
@@ -206,6 +231,17 @@ def test_the_command_refuses_and_lets_pass(tmp_path: Path, capsys: pytest.Captur
     assert "found 100.0" in out
     assert run(tmp_path, bad, "--allow-leaky-captions") == 0
     assert capsys.readouterr() == (out, "")
+
+
+def test_the_queries_of_a_test_split_are_checked_where_its_targets_are_known(tmp_path: Path, capsys):
+    rows, queries, pool = prose(300)
+    write_fashioniq(tmp_path, queries, pool, "test")
+    bad = write_rows(tmp_path / "bad.jsonl", [{"image": t, "caption": text} for text, t in queries])
+    assert run(tmp_path, bad, "--split", "test") == 2 and "refused: shirt" in capsys.readouterr().err
+    file = tmp_path / "captions/cap.shirt.test.json"  # as published
+    triplets = [{k: v for k, v in row.items() if k != "target"} for row in json.loads(file.read_text())]
+    file.write_text(json.dumps(triplets))
+    assert run(tmp_path, bad, "--split", "test") == 2 and "nothing to check" in capsys.readouterr().err
 
 
 def test_files_that_cannot_be_used_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -361,7 +397,7 @@ def released(category: str) -> Case:
     )
 
 
-def write_fashioniq(root: Path, queries: list[tuple[str, str]], pool: list[str]) -> None:
+def write_fashioniq(root: Path, queries: list[tuple[str, str]], pool: list[str], split: str = "val") -> None:
     """Its annotations, all of them shirts."""
     for folder in ("captions", "image_splits"):
         (root / folder).mkdir()
@@ -370,9 +406,9 @@ def write_fashioniq(root: Path, queries: list[tuple[str, str]], pool: list[str])
             {"target": target, "candidate": pool[-1], "captions": [text, ""]}
             for text, target in (queries if name == "shirt" else [])
         ]
-        (root / f"captions/cap.{name}.val.json").write_text(json.dumps(triplets))
+        (root / f"captions/cap.{name}.{split}.json").write_text(json.dumps(triplets))
         ids = pool if name == "shirt" else [f"{name}1"]
-        (root / f"image_splits/split.{name}.val.json").write_text(json.dumps(ids))
+        (root / f"image_splits/split.{name}.{split}.json").write_text(json.dumps(ids))
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

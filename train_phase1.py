@@ -268,7 +268,8 @@ def main(argv: list[str] | None = None) -> None:
             out = args.out / stage
             resume = args.resume and stage in begun
         if not train(stage, args, init, out, resume):
-            print(f"train_phase1.py: stopped, {out} is saved: --resume goes on", file=sys.stderr)
+            if parallel.rank() == 0:
+                print(f"train_phase1.py: stopped, {out} is saved: --resume goes on", file=sys.stderr)
             return
         init = out
 

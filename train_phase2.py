@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
     tasks = list(TASKS) if "all" in args.task else args.task
     training.check_arguments(args, tasks, "--task")
     training.fast_malloc()
-    if not train(args):
+    if not train(args) and parallel.rank() == 0:
         print(f"train_phase2.py: stopped, {args.out} is saved: --resume goes on", file=sys.stderr)
 
 

@@ -128,6 +128,14 @@ def test_hard_negatives_survive_a_batch_that_all_belongs_together():
     assert (text != torch.arange(4)).all()
 
 
+def test_where_a_run_has_diverged_negatives_are_drawn_all_the_same():
+    """A loss that is nan is told where the losses are shown, some steps later, and not here."""
+    same = torch.eye(4, dtype=torch.bool)
+    for broken in (float("nan"), float("inf")):
+        for chosen in losses.hard_negatives(torch.full((4, 4), broken), torch.tensor(0.07), same, seeded(0)):
+            assert (chosen != torch.arange(4)).all()
+
+
 def test_the_reference_itself_is_a_candidate_beside_the_targets_for_its_own_query_alone():
     sim, same = torch.zeros(4, 4), torch.eye(4, dtype=torch.bool)
     to_own = torch.tensor([1.0, -1.0, 0.0, 1.0])  # much more alike, much less, as the others

@@ -36,7 +36,10 @@ def hard_negatives(
     same = same.cpu()
 
     def draw(logits: Tensor, same: Tensor) -> Tensor:
-        weights = logits.masked_fill(same, -1e4).softmax(-1).masked_fill(same, 0.0) + 1e-6 * (~same)
+        likely = (
+            logits.masked_fill(same, -1e4).softmax(-1).nan_to_num()
+        )  # of a run that diverged: its losses tell
+        weights = likely.masked_fill(same, 0.0) + 1e-6 * (~same)
         lonely = same.all(-1, keepdim=True)
         others = 1.0 - torch.eye(*same.shape)
         return torch.multinomial(torch.where(lonely, others, weights), 1, generator=generator)[:, 0]

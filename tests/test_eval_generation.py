@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import train_phase2
 from eval import generation, judge
 from eval.generation import CONDITIONS, Cases, Row, Setting, compare, interval, measure, resampled, try_on
 from eval.judge import ATTRIBUTES, COLUMNS, score, told
 from tests.parity import randomise
-from unifashion import UserError, runs, training
+from unifashion import UserError, feed, objectives, runs
 from unifashion.config import PRESETS, TINY
 from unifashion.data import toy
 from unifashion.data.mgd import MGD
 from unifashion.model import UniFashion
+from unifashion.samples import Scenes
 from unifashion.tokenizers import WordPiece, build_vocab
 from weights.load import load_unifashion, tokenizer
 
@@ -212,14 +212,15 @@ def test_plain_garments_that_differ_in_a_colour_nobody_sees_are_alike(world):
 def test_the_model_is_given_what_training_gives_it(condition, world, model, words, cases, monkeypatch):
     given = recorded(monkeypatch)
     try_on(model, words, cases, condition, Setting("ddim", 2, 1.5), 0, list(range(SAMPLES)), [1, 4])
-    scenes = train_phase2.Scenes(cases.data, model.cfg, words)
+    scenes = Scenes({"mgd": cases.data}, model.cfg, words)
     batch = torch.utils.data.default_collate([scenes[1], scenes[4]])
-    wanted = train_phase2.encode_tryon(model, batch)
-    which = list(train_phase2.CONDITIONS).index(condition)
+    wanted = objectives.encode_tryon(model, batch)
+    drawn, reads = (torch.full((2,), name in condition) for name in ("sketch", "text"))
+    z = objectives.z_of_condition(model, wanted, drawn.long(), reads)
     noise, scene, context, hint, *setting = given[0]
     torch.testing.assert_close(scene, model.scene(wanted["agnostic"], wanted["keep"], wanted["pose"]))
-    torch.testing.assert_close(context, model.image_adapter(wanted["z"][:, which]))
-    torch.testing.assert_close(hint, wanted["hints"][:, which])
+    torch.testing.assert_close(context, model.image_adapter(z))
+    torch.testing.assert_close(hint, wanted["hints"][:, int(drawn[0])])
     assert setting == [2, "ddim", 1.5]
 
 
@@ -341,7 +342,7 @@ def test_the_judge_reads_the_training_split_alone(world, tmp_path):
 
 def test_a_trained_judge_is_kept_until_what_made_it_changes(world, tmp_path, monkeypatch):
     first, key = judge.trained_judge(world, tmp_path / "judges", 1, True)
-    monkeypatch.setattr(training, "batch_order", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(feed, "batch_order", lambda *_: pytest.fail("trained again"))
     again, same = judge.trained_judge(world, tmp_path / "judges", 1, True)
     assert key == same and torch.equal(first.heads["category"].weight, again.heads["category"].weight)
     monkeypatch.undo()

@@ -11,13 +11,14 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 import infer
-import train_phase2
 from tests.parity import randomise
 from tests.rooms import ROOT, SMALL, command, ellipse, furnish, lines, photo, pixels, tryon, write_weights
+from unifashion import objectives
 from unifashion.config import PRESETS, TINY
 from unifashion.diffusion import SAMPLERS
 from unifashion.model import UniFashion
 from unifashion.preprocess import CLIP_MEAN, CLIP_STD, read_image
+from unifashion.samples import CONDITIONS, Scenes
 from unifashion.tryon import person_tensors
 from weights import load
 
@@ -128,7 +129,7 @@ def test_nothing_under_the_mask_reaches_the_network(size: tuple[int, int]):
     assert not torch.equal(person_tensors(beside, mask, None, TINY)["agnostic"], given["agnostic"])
 
 
-@pytest.mark.parametrize("condition", train_phase2.CONDITIONS)
+@pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("posed", [True, False], ids=["pose", "no pose"])
 def test_the_network_reads_what_it_read_in_training(
     room: Path, model: UniFashion, condition: str, posed: bool
@@ -138,9 +139,8 @@ def test_the_network_reads_what_it_read_in_training(
     item |= {"mask": ellipse(room / "mask.png", size), "sketch": lines(room / "sketch.png", size)}
     item["text"] = "A red: dress (red)!"  # cleaned alike on both ways
     words = load.tokenizer("tiny", room / "weights")
-    scenes = train_phase2.Scenes([item], model.cfg, words)
-    batch = train_phase2.encode_tryon(model, torch.utils.data.default_collate([scenes[0]]))
-    i = list(train_phase2.CONDITIONS).index(condition)
+    scenes = Scenes({"mgd": [item]}, model.cfg, words)
+    batch = objectives.encode_tryon(model, torch.utils.data.default_collate([scenes[0]]))
 
     argv = ["tryon", "--person", "p", "--out", "o"]
     garment, _, text = condition.partition("+")
@@ -152,8 +152,10 @@ def test_the_network_reads_what_it_read_in_training(
 
     wanted = model.scene(batch["agnostic"], batch["keep"], batch["pose"] if posed else None)
     torch.testing.assert_close(scene, wanted, atol=1e-5, rtol=0)
-    torch.testing.assert_close(context, model.image_adapter(batch["z"][:, i]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(hint, batch["hints"][:, i], atol=1e-5, rtol=0)
+    drawn, reads = (torch.tensor([name in condition]) for name in ("sketch", "text"))
+    z = objectives.z_of_condition(model, batch, drawn.long(), reads)
+    torch.testing.assert_close(context, model.image_adapter(z), atol=1e-5, rtol=0)
+    torch.testing.assert_close(hint, batch["hints"][:, int(drawn)], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("kind", "around"), [("cloth", 1.0), ("sketch", -1.0)])

@@ -1,4 +1,4 @@
-"""ITG, Eq. 6, from the samples of `train_phase1.Answers` to the number: what is predicted, from what, and what counts."""
+"""ITG, Eq. 6, from the samples of `samples.Answers` to the number: what is predicted, from what, and what counts."""
 
 from dataclasses import replace
 
@@ -7,15 +7,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import train_phase1
 from tests.faults import plant
 from tests.parity import randomise
 from tests.rooms import SMALL
-from train_phase1 import Answers, caption_losses
-from unifashion import lora, losses, model, training
+from unifashion import feed, lora, losses, model, objectives
 from unifashion.llama import LlamaConfig
 from unifashion.model import UniFashion
 from unifashion.preprocess import qformer_image
+from unifashion.samples import Answers
 from unifashion.tokenizers import INSTRUCTIONS, SentencePiece, prompt
 from weights.load import FOLDERS
 
@@ -90,11 +89,11 @@ def test_a_sample_is_the_template_of_its_style_the_answer_and_its_end(style, wor
     for i, text in enumerate(TEXTS):
         s = samples[i]
         assert s["before"].tolist() == before
-        own = s["ids"][s["answer"]].tolist()
+        own = s["after"][s["answer"]].tolist()
         assert own[-1] == words.eos and words.decode(own) == text and words.eos not in own[:-1]
-        assert s["ids"][: len(after)].tolist() == after and not s["answer"][: len(after)].any()
+        assert s["after"][: len(after)].tolist() == after and not s["answer"][: len(after)].any()
         assert s["answer"].int().diff().clamp(min=0).sum() == 1  # in one piece
-        assert (s["ids"][len(after) + len(own) :] == words.eos).all()
+        assert (s["after"][len(after) + len(own) :] == words.eos).all()
         assert torch.equal(s["picture"], qformer_image(Shop()[i]["image"], 28))
 
 
@@ -105,21 +104,23 @@ def test_each_data_set_is_answered_in_its_own_style(words):
     for i, style in enumerate([styles[0], *[styles[1]] * 2, *[styles[2]] * 3]):
         after = prompt(words, style)[1]
         start = int(samples[i]["answer"].int().argmax())
-        assert samples[i]["ids"][:start].tolist() == after
+        assert samples[i]["after"][:start].tolist() == after
         assert INSTRUCTIONS[style] in words.decode(after).replace("  ", " ")
-    assert {len(samples[i]["ids"]) for i in range(6)} == {samples.room}  # so that batches can be mixed
+    assert {len(samples[i]["after"]) for i in range(6)} == {
+        samples.answer.room
+    }  # so that batches can be mixed
 
 
 def test_a_caption_that_is_cut_has_no_end(words):
     long = ", ".join(["a red dress with white dots"] * 9)
     for text, room in ((long, CFG.max_caption), (long, 1)):
         samples = Answers({"fashion200k": Shop((text,))}, replace(CFG, max_caption=room), words)
-        own = samples[0]["ids"][samples[0]["answer"]].tolist()
+        own = samples[0]["after"][samples[0]["answer"]].tolist()
         assert len(own) == room and words.eos not in own
     exact = words.encode("red dress", bos=False)
     for room, end in ((len(exact), False), (len(exact) + 1, True)):
         samples = Answers({"fashion200k": Shop(("red dress",))}, replace(CFG, max_caption=room), words)
-        own = samples[0]["ids"][samples[0]["answer"]].tolist()
+        own = samples[0]["after"][samples[0]["answer"]].tolist()
         assert own == exact + [words.eos] * end
 
 
@@ -129,32 +130,32 @@ def test_a_batch_is_as_wide_as_its_longest_answer_in_steps_of_eight(words):
     widths = set()
     for rows in ([0], [1], [8], [0, 4], list(range(9))):
         whole = torch.utils.data.default_collate([every[i] for i in rows])
-        cut = training.shorten(whole)
+        cut = feed.shorten(whole)
         longest = max(int(every[i]["answer"].nonzero().max()) + 1 for i in rows)
-        width = cut["ids"].shape[1]
+        width = cut["after"].shape[1]
         assert cut["answer"].shape[1] == width and longest <= width < longest + 8
-        assert width % 8 == 0 or width == samples.room
+        assert width % 8 == 0 or width == samples.answer.room
         assert torch.equal(cut["answer"].sum(1), whole["answer"].sum(1))  # no answer loses anything
-        assert torch.equal(cut["ids"], whole["ids"][:, :width]) and cut["picture"] is whole["picture"]
+        assert torch.equal(cut["after"], whole["after"][:, :width]) and cut["picture"] is whole["picture"]
         widths.add(width)
     assert len(widths) > 1
-    full = {"ids": torch.zeros(1, 16), "answer": torch.ones(1, 16, dtype=torch.bool)}
-    assert training.shorten(full)["ids"].shape[1] == 16
+    full = {"after": torch.zeros(1, 16), "answer": torch.ones(1, 16, dtype=torch.bool)}
+    assert feed.shorten(full)["after"].shape[1] == 16
     other = {"ids": torch.zeros(1, 16), "mask": torch.ones(1, 16)}  # align's: the Q-Former's texts
-    assert training.shorten(other) is other
+    assert feed.shorten(other) is other
 
 
 def test_shortened_cached_or_whole_the_loss_is_the_same(words, writer):
     samples = Answers({style: Shop() for style in INSTRUCTIONS}, CFG, words)
     order = [[0, 5], [7, 2], [5, 8]]
-    encode = lambda batch: train_phase1.encode_caption(writer, batch)  # noqa: E731
+    encode = lambda batch: objectives.encode_z(writer, batch)  # noqa: E731
     whole = [encode(torch.utils.data.default_collate([samples[i] for i in rows])) for rows in order]
     expected = [loss(writer, batch) for batch in whole]
-    for cache in (False, True):
-        got = list(training.batches(samples, iter(order), encode, cache))
-        assert any(batch["ids"].shape[1] < samples.room for batch in got)
+    for cache in (None, {}):
+        got = list(feed.batches(samples, iter(order), encode, cache))
+        assert any(batch["after"].shape[1] < samples.answer.room for batch in got)
         torch.testing.assert_close([loss(writer, b) for b in got], expected, atol=2e-3, rtol=0)
-        if not cache:  # no rounding of Z
+        if cache is None:  # no rounding of Z
             torch.testing.assert_close([loss(writer, b) for b in got], expected, atol=1e-5, rtol=0)
 
 
@@ -163,7 +164,7 @@ def test_shortened_cached_or_whole_the_loss_is_the_same(words, writer):
 
 def shifted(writer: UniFashion, batch: dict[str, Tensor]) -> float:
     """How far `predict_words` is from the LLM asked for one token after the other, each after all that precede it."""
-    z, before, ids = batch["z"], batch["before"][0], batch["ids"]
+    z, before, ids = batch["z"], batch["before"][0], batch["after"]
     one_by_one = [
         writer.llama.logits(writer.llama(writer.soft_prompt(z, before, ids[:, :i]))[:, -1])
         for i in range(ids.shape[1])
@@ -194,8 +195,8 @@ def test_what_was_learned_by_itg_is_written(fault, words, monkeypatch):
     batch["z"] = torch.randn(batch["z"].shape)
     learn = [*writer.text_adapter.parameters(), *writer.llama.parameters()]
     optimizer = torch.optim.Adam(learn, lr=1e-2)
-    for step in range(60):
-        value = caption_losses(writer, batch, 0, step, 0.0)["itg"]
+    for _ in range(60):
+        value = objectives.caption(writer, batch, None, 0.0)["ITG"]
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -212,7 +213,7 @@ def test_the_loss_depends_on_z_the_template_and_the_answer_and_on_no_padding(wor
     before = loss(writer, batch)
     assert (loss(writer, batch | {"z": batch["z"].flip(0)}) - before).abs() > 1e-3
     assert (loss(writer, batch | {"before": batch["before"] + 1}) - before).abs() > 1e-3
-    column = torch.arange(batch["ids"].shape[1])
+    column = torch.arange(batch["after"].shape[1])
     start = batch["answer"].int().argmax(1)[:, None]
     end = start + batch["answer"].sum(1)[:, None]
     for name, where in {
@@ -221,33 +222,33 @@ def test_the_loss_depends_on_z_the_template_and_the_answer_and_on_no_padding(wor
         "padding": column >= end,
     }.items():
         assert where.any(), name
-        changed = torch.where(where, (batch["ids"] + 7) % 1000, batch["ids"])
-        difference = (loss(writer, batch | {"ids": changed}) - before).abs()
+        changed = torch.where(where, (batch["after"] + 7) % 1000, batch["after"])
+        difference = (loss(writer, batch | {"after": changed}) - before).abs()
         assert (difference < 1e-5) == (name == "padding"), name
 
 
 @torch.no_grad()
 def test_before_it_has_learned_lora_is_nothing(words, writer):
     batch = sample(words, writer)
-    base = writer.predict_words(batch["z"], batch["before"][0], batch["ids"])
+    base = writer.predict_words(batch["z"], batch["before"][0], batch["after"])
     lora.inject(writer.llama, lora.LoRAConfig(rank=4, alpha=8.0, dropout=0.2))
     writer.train()
-    assert torch.equal(writer.predict_words(batch["z"], batch["before"][0], batch["ids"]), base)
+    assert torch.equal(writer.predict_words(batch["z"], batch["before"][0], batch["after"]), base)
     writer.llama.layers[0].mlp.up.lora_b.fill_(0.1)
-    assert not torch.equal(writer.predict_words(batch["z"], batch["before"][0], batch["ids"]), base)
+    assert not torch.equal(writer.predict_words(batch["z"], batch["before"][0], batch["after"]), base)
 
 
 # helpers
 
 
 def sample(words: SentencePiece, writer: UniFashion) -> dict[str, Tensor]:
-    """All of the shop as one batch, as `caption_losses` gets it."""
+    """All of the shop as one batch, as `objectives.caption` gets it."""
     samples = Answers({"fashion200k": Shop()}, CFG, words)
-    assert samples.room == len(prompt(words, "fashion200k")[1]) + CFG.max_caption
+    assert samples.answer.room == len(prompt(words, "fashion200k")[1]) + CFG.max_caption
     batch = torch.utils.data.default_collate([samples[i] for i in range(len(samples))])
-    return train_phase1.encode_caption(writer.eval(), training.shorten(batch))
+    return objectives.encode_z(writer.eval(), feed.shorten(batch))
 
 
 @torch.no_grad()
 def loss(writer: UniFashion, batch: dict[str, Tensor]) -> Tensor:
-    return caption_losses(writer, batch, 0, 0, 0.0)["itg"]
+    return objectives.caption(writer, batch, None, 0.0)["ITG"]

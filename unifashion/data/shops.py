@@ -114,7 +114,7 @@ def write_fashiongen(folder: Path, settings: dict, rows: dict[str, list[dict]], 
 
 KINDS = ("dress", "shirt", "toptee")  # Fashion-IQ's categories
 TRIPLETS = 16_000  # of training at most
-SEEN, NEAREST = 200, 8  # garments that a reference is looked for among, and those of them that may become it
+ONE_CHANGE = 1 / 3  # of the triplets; the others ask for two. With more, the text alone would find most targets
 
 
 def kind_of(g: Garment) -> str:
@@ -124,9 +124,8 @@ def kind_of(g: Garment) -> str:
 def references(seed: int, split: str, garments: list[Garment]) -> list[int | None]:
     """For each garment the index of another, of its kind, beside which it can be described: it looks much alike, not wholly.
 
-    It is one of the 8 that differ in the fewest attributes, of 200 garments: not of all, so that as much differs in a
-    large training split as in a small test split. None where there is nothing else of the kind. In train only the first
-    16,000 get one.
+    One attribute differs, or two, else as few as there are: then neither the reference nor the text alone tells the target.
+    None where there is nothing else of the kind. In train only the first 16,000 get one.
     """
     if not garments:
         return []
@@ -139,14 +138,14 @@ def references(seed: int, split: str, garments: list[Garment]) -> list[int | Non
     for i in range(min(len(garments), TRIPLETS if split == "train" else len(garments))):
         rng = stream(seed, split, i, 7)
         same = members[kinds[i]]
-        seen = same if len(same) <= SEEN else same[rng.integers(len(same), size=SEEN)]
-        other = looks[seen] != looks[i]
+        other = looks[same] != looks[i]
         other[:, second] &= looks[i, names.index("pattern")] != plain  # else it is not to be seen
         count = other.sum(1)
-        order = rng.permutation(len(seen))
-        order = order[np.argsort(count[order], kind="stable")]
-        near = order[count[order] > 0][:NEAREST]
-        found.append(int(seen[near[int(rng.integers(len(near)))]]) if len(near) else None)
+        wanted = 1 if rng.random() < ONE_CHANGE else 2
+        if not (count == wanted).any():
+            wanted = count[count > 0].min(initial=len(names))
+        near = same[count == wanted]
+        found.append(int(near[int(rng.integers(len(near)))]) if len(near) else None)
     return found
 
 

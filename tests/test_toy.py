@@ -344,7 +344,7 @@ def test_triplets_compare_garments_of_a_kind_and_split_and_say_what_differs(worl
 
 def test_a_reference_looks_much_like_its_target_in_large_splits_and_in_small_ones():
     differing = {}
-    for split, n in (("train", 4000), ("test", 2000)):
+    for split, n in (("train", 1500), ("test", 600)):
         rng = np.random.default_rng(n)
         some = [toy.sample_garment(rng) for _ in range(n)]
         found = shops.references(0, split, some)
@@ -352,7 +352,7 @@ def test_a_reference_looks_much_like_its_target_in_large_splits_and_in_small_one
         assert all(shops.kind_of(some[i]) == shops.kind_of(some[j]) for i, j in enumerate(found))
         counts = [len(differences(some[j], some[i])) for i, j in enumerate(found)]
         differing[split] = np.bincount(counts, minlength=8)[:8] / n
-        assert min(counts) >= 1 and differing[split][1] == pytest.approx(shops.ONE_CHANGE, abs=0.12)
+        assert min(counts) >= 1 and 0.1 < differing[split][1] < shops.ONE_CHANGE + 0.05
         assert differing[split][3:].sum() < 0.1  # more changes would let the text alone find the target
         assert len(set(found)) > n / 3
     assert np.abs(differing["train"] - differing["test"]).max() < 0.1

@@ -38,7 +38,7 @@ class DressCode:
     the map of body parts in colours; the text is the garment's noun chunks, ", "-joined.
 
     rows        (category, person's id, cloth's id) of each item, all three categories, one after the other
-    pairs       their ids alone
+    pairs       their ids alone; products the clothes' ids
     uncaptioned ids of clothes without a caption, whose rows are left out, as MGD does: 12 of 53,792
 
     Raises UserError if files of the layout are missing or damaged.
@@ -73,6 +73,7 @@ class DressCode:
                 f"{self.root}: no cloth of {pairs} has a caption in fine_ or coarse_captions.json"
             )
         self.pairs = [(person, cloth) for _, person, cloth in self.rows]
+        self.products = [cloth for _, cloth in self.pairs]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -17,7 +17,7 @@ class MGD:
     The sketch is UniFashion's in-shop one where `{split}/cloth-sketch/` exists, else MGD's on the person:
     `im_sketch/<person>.png` when paired, `im_sketch_unpaired/<person>_<cloth>.png` otherwise. Mask and agnostic picture are
     VITON-HD's; in a folder without `agnostic-mask/` they are MGD's, of `image-parse-v3/` and `openpose_json/`.
-    Raises UserError if captions or sketches are missing.
+    `pairs` and `products` are VITON-HD's. Raises UserError if captions or sketches are missing.
     """
 
     def __init__(self, root: str | Path, split: str = "train", paired: bool = True) -> None:
@@ -27,7 +27,7 @@ class MGD:
         if self.own_mask:
             folders = ("image", "image-densepose", "cloth", "image-parse-v3", "openpose_json")
         self.photos, self.paired = VITONHD(root, split, paired, folders), paired
-        self.pairs = self.photos.pairs
+        self.pairs, self.products = self.photos.pairs, self.photos.products
         captions = Path(root, "captions.json")
         self.in_shop = (folder / "cloth-sketch").is_dir()
         sketches = folder / ("im_sketch" if paired else "im_sketch_unpaired")

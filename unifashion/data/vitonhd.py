@@ -25,7 +25,8 @@ class VITONHD:
 
     Ids are file names without suffix ("00000_00"). The mask is L, 255 = repaint, 0 = keep (VITON-HD's sense, the
     opposite of the network's keep mask). paired: the person's own cloth (the first column of the pair list); else the
-    second column. `pairs` has the ids of person and cloth of each item. Raises UserError if files of the layout are missing.
+    second column. `pairs` has the ids of person and cloth of each item, `products` those of the cloth. Raises UserError if
+    files of the layout are missing.
 
     folders: those that are read; of what is in others items have nothing.
     """
@@ -44,6 +45,7 @@ class VITONHD:
                 "github.com/shadow2496/VITON-HD (zip, unpacked here), or use --data toy."
             )
         self.pairs = [(person, person if paired else cloth) for person, cloth in read_pairs(pairs)]
+        self.products = [cloth for _, cloth in self.pairs]
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from eval import judge as judging
 from eval.judge import ATTRIBUTES, COLUMNS, Judge
-from unifashion import Parser, UserError, runs, training
+from unifashion import Parser, UserError, runs, sheets, training
 from unifashion.config import PRESETS
 from unifashion.data import toy
 from unifashion.data.mgd import MGD
@@ -269,7 +269,7 @@ def save_sheet(cases: Cases, outputs: list[list[np.ndarray]], path: Path) -> Non
     items = [cases.data[i] for i in range(min(ON_SHEET, len(cases)))]
     rows = [[item[k].convert("RGB") for item in items] for k in ("person", "agnostic", "cloth", "sketch")]
     pixels = [torch.from_numpy(np.stack([np.asarray(x) for x in row])) for row in (*rows, *outputs)]
-    runs.save_sheet([row.permute(0, 3, 1, 2) / 127.5 - 1 for row in pixels], path)
+    sheets.save_sheet([row.permute(0, 3, 1, 2) / 127.5 - 1 for row in pixels], path)
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:

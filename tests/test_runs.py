@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import train_phase1
 import train_phase2
 from tests.small_runs import assert_same, learned, metrics, moments, run, state
-from unifashion import UserError, runs, training
+from unifashion import UserError, runs, sheets, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -288,7 +288,7 @@ def test_curves_show_each_loss_where_it_was(tmp_path):
     for step in range(0, 100, 2):
         runs.log_line(folder, step=step, ITC=8.0 - step / 13, lr=1e-3, norms=[1.0], seconds=3.0)
     runs.log_line(folder, step=98, val=4.0)
-    runs.draw_curves([folder, folder], tmp_path / "losses.png")
+    sheets.draw_curves([folder, folder], tmp_path / "losses.png")
     with Image.open(tmp_path / "losses.png") as image:
         panel = np.asarray(image.convert("RGB").crop((0, 0, image.width // 2, image.height))).astype(int)
         assert np.array_equal(panel, np.asarray(image.convert("RGB"))[:, image.width // 2 :])
@@ -304,9 +304,9 @@ def test_curves_are_drawn_of_what_there_is(tmp_path):
     runs.log_line(tmp_path, step=0, **{"cir ITC": 3.0, "tryon q2I": float("nan")}, lr=1.0)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 1, "cir I')
-    runs.draw_curves([tmp_path], tmp_path / "losses.png")
+    sheets.draw_curves([tmp_path], tmp_path / "losses.png")
     (tmp_path / "metrics.jsonl").write_text("")
-    runs.draw_curves([tmp_path], tmp_path / "losses.png")
+    sheets.draw_curves([tmp_path], tmp_path / "losses.png")
     assert Image.open(tmp_path / "losses.png").width > 100
 
 

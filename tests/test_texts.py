@@ -10,23 +10,15 @@ import pytest
 
 from unifashion.data import toy
 from unifashion.data.fashioniq import joined
-from unifashion.data.texts import (
-    WORDS,
+from unifashion.data.modifications import (
     adjectives,
-    caption,
     change_phrases,
     changes,
-    chunks,
-    detailed,
     differences,
-    flat,
     modification,
-    named,
     noun_phrases,
-    professional,
-    reader,
-    tokens,
 )
+from unifashion.data.texts import WORDS, caption, chunks, detailed, flat, named, professional, reader, tokens
 
 WRITERS = {
     "fashion200k": caption,

@@ -23,6 +23,7 @@ from unifashion.data.body import POSE_HUES, Body, body_of, pose_parts
 from unifashion.data.cloth import pattern_cover
 from unifashion.data.drawing import apply
 from unifashion.data.fashioniq import joined
+from unifashion.data.modifications import changes, differences
 from unifashion.data.texts import (
     CATEGORY_WORDS,
     LENGTH_WORDS,
@@ -30,9 +31,7 @@ from unifashion.data.texts import (
     PATTERN_WORDS,
     SLEEVE_WORDS,
     caption,
-    changes,
     chunks,
-    differences,
     named,
 )
 

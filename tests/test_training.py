@@ -28,7 +28,7 @@ from tests.small_runs import (
     state,
     stopped_after,
 )
-from unifashion import UserError, llama, lora, runs, training
+from unifashion import UserError, llama, lora, runs, sheets, training
 from unifashion.config import FULL, PRESETS
 from unifashion.model import UniFashion, start_adapter
 from weights.tiny import pretrain
@@ -603,7 +603,7 @@ def test_only_a_run_with_the_shipped_frozen_files_is_shipped_with_the_curves_of_
 ):
     monkeypatch.setattr(pretrain, "HERE", place / "weights")
     drawn = []
-    monkeypatch.setattr(runs, "draw_curves", lambda chain, path: drawn.append([run.name for run in chain]))
+    monkeypatch.setattr(sheets, "draw_curves", lambda chain, path: drawn.append([run.name for run in chain]))
     run("1 generate", place, "a", 1, "--init", str(place / "phase1.safetensors"))
     run("2 tryon", place, "b", 1, "--init", str(place / "a"))
     weights = place / "own"

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from unifashion import UserError
 from unifashion.data.cloth import Garment, draw_product
 from unifashion.data.fashiongen import need_h5py
-from unifashion.data.texts import choose, detailed, modification, professional
+from unifashion.data.modifications import modification
+from unifashion.data.texts import choose, detailed, professional
 from unifashion.data.toy_dresscode import write_dresscode
 from unifashion.data.world import ATTRIBUTES, SPLITS, sample_garment, stream
 
@@ -114,7 +115,8 @@ def write_fashiongen(folder: Path, settings: dict, rows: dict[str, list[dict]], 
 
 KINDS = ("dress", "shirt", "toptee")  # Fashion-IQ's categories
 TRIPLETS = 16_000  # of training at most
-ONE_CHANGE = 1 / 3  # of the triplets; the others ask for two. With more, the text alone would find most targets
+# Of the triplets; the others ask for two. With more changes, the text alone would find most targets.
+ONE_CHANGE = 1 / 3
 
 
 def kind_of(g: Garment) -> str:

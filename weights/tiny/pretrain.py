@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from unifashion import Parser, UserError, feed, runs, training
+from unifashion import Parser, UserError, feed, runs, sheets, training
 from unifashion.config import TINY
 from unifashion.data import open_image, toy
 from unifashion.data.fashion200k import Fashion200K
@@ -225,7 +225,7 @@ def train(
             runs.log_line(out, step=step, **shown)
         if state["step"] % args.eval_every == 0 or done:
             runs.save_checkpoint(out / "last", model, modules, optimizer, parameters, None, state)
-            runs.draw_curves([out], out / "losses.png")
+            sheets.draw_curves([out], out / "losses.png")
         if done:
             break
     if stop.asked:
@@ -254,7 +254,7 @@ def report_vae(vae: VAE, samples: Dataset, out: Path) -> None:
     print(
         f"PSNR {psnr:.2f} dB; standard deviation of the latents {z.std():.4f}: the preset's scale is {1 / z.std():.5f}"
     )
-    runs.save_sheet([x[:10], y[:10]], out / "samples" / "copies.png")
+    sheets.save_sheet([x[:10], y[:10]], out / "samples" / "copies.png")
 
 
 def write_vocab(root: Path) -> None:
@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
                 break
             stages.insert(0, before)
         frozen = [run for run in map(args.init.with_name, ("vae", "vit", "llama")) if run.is_dir()]
-        runs.draw_curves([*frozen, *stages], HERE / "losses.png")
+        sheets.draw_curves([*frozen, *stages], HERE / "losses.png")
         return save_half(learned, HERE / "model.safetensors", beside)
     if args.workers < 0:
         raise UserError(f"--workers is {args.workers}, must be 0 or more")

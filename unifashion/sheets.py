@@ -1,0 +1,107 @@
+"""What a run shows a person: sheets of pictures, captions, the curves of its losses."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from unifashion import parallel
+from unifashion.model import UniFashion
+from unifashion.tokenizers import SentencePiece
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")  # of curves
+
+
+def save_sheet(rows: list[Tensor], path: Path) -> None:
+    """rows of pictures, each (b,3,y,x) in [-1,1] -> one PNG, a row of pictures for each."""
+    if parallel.rank() > 0:
+        return
+    sheet = torch.cat([torch.cat(list(row.float().cpu()), dim=2) for row in rows], dim=1)
+    pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
+    Image.fromarray(np.ascontiguousarray(pixels.numpy())).save(path)
+
+
+@torch.no_grad()
+def save_captions(
+    model: UniFashion, words: SentencePiece, z: Tensor, batch: dict[str, Tensor], path: Path
+) -> None:
+    """For each Z of a batch the text that was to be learned, and below what the model writes after the same instruction."""
+    lines = []
+    for one, before, ids, answer in zip(z, *(batch[k] for k in ("before", "after", "answer")), strict=True):
+        start = int(answer.int().argmax())
+        written = model.write(one[None], before, ids[None, :start], model.cfg.max_caption, words.eos)[0]
+        lines += [words.decode(ids[answer].tolist()), "-> " + words.decode(written.tolist()), ""]
+    if parallel.rank() == 0:
+        path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def draw_curves(runs: list[Path], path: Path) -> None:
+    """
+    metrics.jsonl of `runs` -> one PNG, a panel each, or for each task of a run that has several: every loss over the steps as
+    a running mean, `val` as dots.
+    """
+    panels = [
+        _panel(f"{run.name} {task}", log) for run in runs for task, log in _tasks(_read_log(run)).items()
+    ]
+    columns, (width, height) = min(4, len(panels)), panels[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, (i % columns * width, i // columns * height))
+    sheet.save(path)
+
+
+def _read_log(run: Path) -> list[dict[str, float]]:
+    """The losses of metrics.jsonl: not the line that a kill cut short, no nan, no lr."""
+    log = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
+        log.append({k: v for k, v in numbers.items() if k not in ("lr", "seconds")})
+    return log
+
+
+def _tasks(log: list[dict[str, float]]) -> dict[str, list[dict]]:
+    """By task, where names are "cir ITC" and "val cir": then "ITC" and "val" of "cir". Where they are not, of ""."""
+    tasks: dict[str, list[dict]] = {}
+    for row in log:
+        for name, value in row.items():
+            first, _, last = name.partition(" ")
+            task, short = (last, "val") if first == "val" else (first, last) if last else ("", name)
+            if name != "step":
+                tasks.setdefault(task, []).append({"step": row["step"], short: value})
+    return tasks or {"": []}
+
+
+def _panel(name: str, log: list[dict], size: tuple[int, int] = (880, 560)) -> Image.Image:
+    image = Image.new("RGB", size, "white")  # twice the size that it is shown in: smooth lines
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
+    left, top, right, bottom = 90, 60, size[0] - 30, size[1] - 50
+    names = dict.fromkeys(k for row in log for k in row if k != "step")
+    curves = {k: {row["step"]: row[k] for row in log if k in row} for k in names}
+    last = max((max(curve) for curve in curves.values()), default=1)
+    high = 1.1 * max((np.percentile(list(curve.values()), 98) for curve in curves.values()), default=1.0)
+    at = lambda x, y: (left + (right - left) * x / max(1, last), bottom - (bottom - top) * min(y / high, 1))  # noqa: E731
+    draw.rectangle((left, top, right, bottom), outline="grey")
+    draw.text((left, 15), name, "black", font)
+    draw.text((right, bottom + 10), str(last), "black", font, anchor="ra")
+    for y in (0, high / 2, high):
+        draw.text((left - 10, at(0, y)[1]), f"{y:.2g}", "black", font, anchor="rm")
+    for i, (k, curve) in enumerate(curves.items()):
+        colour, mean, smooth = COLOURS[i % len(COLOURS)], None, []
+        for x, y in sorted(curve.items()):
+            mean = y if mean is None else mean + (y - mean) / 5
+            smooth.append(at(x, mean))
+            if k == "val":
+                px, py = at(x, y)
+                draw.ellipse((px - 5, py - 5, px + 5, py + 5), fill=colour)
+        if k != "val":
+            draw.line(smooth, colour, 3)
+        draw.text((right - 10 - 170 * (i % 3), 2 + 28 * (i // 3)), k, colour, font, anchor="ra")
+    return image.resize((size[0] // 2, size[1] // 2), Image.Resampling.LANCZOS)

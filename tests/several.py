@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 import train_phase1
@@ -26,6 +27,7 @@ Job = tuple[str, str, int, list[str], list[str]]
 
 
 def train(place: Path, jobs: list[Job]) -> None:
+    torch.set_num_threads(1)
     for what, name, steps, flags, hooks in jobs:
         seen: dict[str, list] = {"losses": [], "norms": [], "kept": []}
         with pytest.MonkeyPatch.context() as patch:

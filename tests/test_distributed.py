@@ -51,7 +51,6 @@ def ran(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for thing in made.iterdir():
         (place / thing.name).symlink_to(thing)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     what, _, steps, _, hooks = HALF
     half = (what, "one half", steps, [], hooks)
     train(place, [*(job(name, "one") for name in JOBS if name != "checkpointing"), half])

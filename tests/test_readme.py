@@ -1,20 +1,22 @@
 """The README's commands against what they promise: each bash block runs here, as written but for places and lengths."""
 
+import importlib
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-import eval.captioning
-import eval.generation
+import eval.leaks
 import infer
 import train_phase1
 import train_phase2
-from unifashion.data import toy
+from unifashion.data import keywords, toy
 from unifashion.data.texts import named
-from weights.load import load_unifashion
+from weights.load import FOLDERS, LEARNED, load_unifashion
 from weights.tiny import pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -27,8 +29,12 @@ BLOCKS = {
 }
 
 
+TRAINS = {"train_phase1.py": train_phase1, "train_phase2.py": train_phase2}
+
+
 def test_every_block_is_run_by_a_test_or_by_ci():
-    assert BLOCKS.keys() == {"try-on", "tests", "use", "train (hours)"}  # .ci/run runs "tests"
+    by_tests = {"try-on", "use", "train (hours)", "several processes (hours)", "annotate (needs Fashion-IQ)"}
+    assert BLOCKS.keys() == {*by_tests, "tests"}  # .ci/run runs "tests"
 
 
 @pytest.mark.parametrize("line", [*BLOCKS["try-on"], *BLOCKS["use"]])
@@ -51,21 +57,71 @@ def check_caption(told: str) -> None:
     assert named(told, "fashion200k")["colour"], told
 
 
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage and task has one step, and batches of four."""
+    for module in TRAINS.values():
+        tiny = {part: {**of, "steps": 1, "batch_size": 4} for part, of in module.DEFAULTS["tiny"].items()}
+        monkeypatch.setitem(module.DEFAULTS, "tiny", tiny)
+
+
 @pytest.mark.slow
 def test_the_training_commands_follow_one_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    short(monkeypatch)
     (tmp_path / "data").mkdir()
-    toy.ensure("data/toy", train=24, val=2, test=2, workers=1, quiet=True)
-    *lines, ship, generation, captioning = BLOCKS["train (hours)"][1:]
-    for line in lines:
-        script, arguments = re.fullmatch(r"\.venv/bin/python (\S+) (.*)", line).groups()
-        main = {"train_phase1.py": train_phase1.main, "train_phase2.py": train_phase2.main}[script]
-        main([*shlex.split(arguments), "--steps", "1", "--batch-size", "4", "--workers", "0"])
-    shutil.copytree(pretrain.HERE, tmp_path / "tiny")
-    monkeypatch.setattr(pretrain, "HERE", tmp_path / "tiny")
-    pretrain.main(shlex.split(ship.removeprefix(".venv/bin/python -m weights.tiny.pretrain ")))
-    load_unifashion("tiny", tmp_path / "tiny")
-    load_unifashion("tiny", tmp_path / "tiny", draws=False, writes=True)
-    for line, module in ((generation, eval.generation), (captioning, eval.captioning)):
-        arguments = line.removeprefix(f".venv/bin/python -m {module.__name__} ")
-        module.main([*shlex.split(arguments), "--samples", "2", "--quiet"])
+    toy.ensure("data/toy", train=24, val=4, test=4, workers=1, quiet=True)
+    for line in BLOCKS["train (hours)"][1:]:
+        if script := re.fullmatch(r"\.venv/bin/python (train_phase[12]\.py) (.*)", line):
+            TRAINS[script[1]].main([*shlex.split(script[2]), "--workers", "0"])
+            continue
+        module, arguments = re.fullmatch(r"\.venv/bin/python -m (\S+) (.*)", line).groups()
+        if module == "weights.tiny.pretrain":
+            shutil.copytree(pretrain.HERE, tmp_path / "tiny")
+            monkeypatch.setattr(pretrain, "HERE", tmp_path / "tiny")
+            pretrain.main(shlex.split(arguments))
+            load_unifashion("tiny", tmp_path / "tiny")
+            load_unifashion("tiny", tmp_path / "tiny", draws=False, writes=True)
+            continue
+        few = ["--samples", "2"] if module in ("eval.captioning", "eval.generation") else []
+        weights = ["--weights", str(tmp_path / "tiny")]
+        importlib.import_module(module).main([*shlex.split(arguments), *few, *weights, "--quiet"])
+
+
+@pytest.mark.slow
+def test_several_processes_train_as_the_commands_say(tmp_path):
+    toy.ensure(tmp_path / "data/toy", train=24, val=2, test=2, workers=1, quiet=True)
+    init = tmp_path / "runs/phase1/generate/last"
+    init.mkdir(parents=True)
+    shutil.copy(FOLDERS["tiny"] / LEARNED["tiny"], init)
+    (tmp_path / "short.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_phase2; from unifashion import training\n"
+        "for of in train_phase2.DEFAULTS['tiny'].values(): of.update(steps=1, batch_size=4)\n"
+        "training.run(train_phase2.main)\n"
+    )
+    for line in BLOCKS["several processes (hours)"]:
+        arguments = re.fullmatch(r"\.venv/bin/torchrun (.*)", line)[1].replace("train_phase2.py", "short.py")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *shlex.split(arguments)]
+        done = subprocess.run([*command, "--workers", "0"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        out = tmp_path / arguments.split("--out ")[1].split()[0]
+        assert (out / "last/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_commands_that_annotate_make_their_files(tmp_path, monkeypatch, capsys):
+    """On ToyFashion's Fashion-IQ in the original's place."""
+    monkeypatch.chdir(tmp_path)
+    toy.ensure(tmp_path / "toy", train=12, val=4, test=4, workers=1, quiet=True)
+    (tmp_path / "data").mkdir()
+    shutil.copytree("toy/fashioniq", "data/fashioniq")
+    mine, caption, guard = (
+        shlex.split(line.partition("python ")[2]) for line in BLOCKS["annotate (needs Fashion-IQ)"]
+    )
+    assert mine[:2] == ["-m", "unifashion.data.keywords"] and keywords.main(mine[2:]) == 0
+    assert Path("keywords.txt").read_text().split() and Path("keywords.png").exists()
+    assert infer.main([*caption[1:], "--quiet"]) == 0
+    pictures = list(Path("data/fashioniq/images").iterdir())
+    assert len(Path("data/fashioniq/captions.jsonl").read_text().splitlines()) == len(pictures)
+    assert guard[:2] == ["-m", "eval.leaks"]
+    eval.leaks.main(guard[2:])

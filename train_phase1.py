@@ -52,7 +52,7 @@ DEFAULTS = {
     },
     "tiny": {
         "align": {"batch_size": 64, "lr": 1e-3, "epochs": None, "steps": 2500},
-        "caption": {"batch_size": 64, "lr": 2e-3, "epochs": None, "steps": 8000},
+        "caption": {"batch_size": 64, "lr": 2e-3, "epochs": None, "steps": 4500},
         "generate": {"batch_size": 16, "lr": 1e-3, "epochs": None, "steps": 3000},
     },
 }
@@ -141,6 +141,8 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, ema)
     modules = sorted({*state["modules"], *map(runs.part_of, parameters)})
 
+    kept = {} if args.cache else None  # of the samples that are held out
+
     @torch.no_grad()
     def evaluate() -> float:
         model.eval()
@@ -148,11 +150,11 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         path = out / "samples" / f"{state['step']:06}"
         order = feed.batch_order(len(val_set), few * parallel.world(), 0, 0, 4)
         with training.autocast(device, args.dtype):
-            for i, batch in enumerate(stream(val_set, order)):
+            for i, batch in enumerate(stream(val_set, order, kept)):
                 lots = training.Lots(f"val {stage}", 0, i, few, device)
                 values.append(sum(loss_of(model, batch, lots, 1.0).values()))
             eight = next(feed.batch_order(len(val_set), min(8, len(val_set)), 0, 0, 1))
-            batch = next(stream(val_set, iter([eight * parallel.world()])))  # the same in every process
+            batch = next(stream(val_set, iter([eight * parallel.world()]), kept))  # the same in every process
             if writes:
                 sheets.save_captions(model, words, batch["z"], batch, path.with_suffix(".txt"))
             elif draws:

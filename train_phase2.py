@@ -74,10 +74,10 @@ DEFAULTS = {
         "tryon": {"batch_size": 32, "lr": 1e-4, "epochs": None, "steps": 360_000},
     },
     "tiny": {
-        "retrieval": {"batch_size": 64, "lr": 3e-4, "epochs": None, "steps": 2000},
-        "cir": {"batch_size": 64, "lr": 3e-4, "epochs": None, "steps": 4000},
-        "caption": {"batch_size": 32, "lr": 3e-4, "epochs": None, "steps": 2000},
-        "tryon": {"batch_size": 16, "lr": 1e-3, "epochs": None, "steps": 24_000},
+        "retrieval": {"batch_size": 64, "lr": 3e-4, "epochs": None, "steps": 1500},
+        "cir": {"batch_size": 32, "lr": 3e-4, "epochs": None, "steps": 2400},
+        "caption": {"batch_size": 32, "lr": 3e-4, "epochs": None, "steps": 3000},
+        "tryon": {"batch_size": 16, "lr": 1e-3, "epochs": None, "steps": 25_000},
     },
 }
 
@@ -199,6 +199,8 @@ def train(args: argparse.Namespace) -> bool:
         encode = partial(TASKS[task][1], model)
         return feed.stream(part, order, encode, device, cache, args.workers)
 
+    kept = {t: {} if args.cache else None for t in tasks}  # of the samples that are held out
+
     @torch.no_grad()
     def evaluate() -> float:
         """The geometric mean of the tasks' losses on what is held out: each counts by its own scale."""
@@ -214,11 +216,13 @@ def train(args: argparse.Namespace) -> bool:
                             model, batch, training.Lots(f"val {task}", 0, i, few[task], device), 1.0
                         ).values()
                     )
-                    for i, batch in enumerate(stream(task, part, order))
+                    for i, batch in enumerate(stream(task, part, order, kept[task]))
                 ]
                 if task in ("caption", "tryon"):
                     eight = next(feed.batch_order(len(part), min(8, len(part)), 0, 0, 1))
-                    batch = next(stream(task, part, iter([eight * parallel.world()])))  # in every process
+                    batch = next(
+                        stream(task, part, iter([eight * parallel.world()]), kept[task])
+                    )  # in every process
                     path = out / "samples" / f"{state['step']:06}"
                     if task == "caption":
                         z = objectives.z_i(model, batch)

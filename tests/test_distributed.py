@@ -172,7 +172,7 @@ def test_what_is_wrong_is_told_in_one_line_by_all_processes_together(flags, hook
     told = in_two(room, [("1 align", "wrong", 4, flags, hooks)])
     (line,) = lines(told.stderr)
     assert re.search(says, line), line
-    assert told.stderr.count("exitcode  : 2") == 2, told.stderr
+    assert "exitcode  : 2" in told.stderr  # torchrun may end the other before it has left by itself
     assert not (room / "wrong/last").exists()
 
 

@@ -17,9 +17,6 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unifashion import UserError
 
@@ -40,6 +37,11 @@ def join(device: torch.device) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=_notes, rank=rank, world_size=world)
     return device
+
+
+def sharded(x: Tensor) -> bool:
+    """Whether x is a DTensor, of which here is a shard. To import the class would take half as long as to import torch."""
+    return hasattr(x, "full_tensor")
 
 
 def leave() -> None:
@@ -128,7 +130,7 @@ def gather(x: Tensor) -> Tensor:
 
 def average(tensors: list[Tensor]) -> None:
     """In place, the mean over the processes. Shards are left: their reduction was part of the backward pass."""
-    tensors = [x for x in tensors if not isinstance(x, DTensor)]
+    tensors = [x for x in tensors if not sharded(x)]
     if world() == 1 or not tensors:
         return
     flat = torch.cat([x.flatten() for x in tensors])  # one message instead of hundreds
@@ -149,15 +151,14 @@ def mean(x: Tensor) -> Tensor:
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
     """The norm of all of them as one vector, the same in every process; shards count as the whole they are of."""
-    squares, sharded = [], []
+    plain, shards = [], []
     for x in tensors:
-        (sharded if isinstance(x, DTensor) else squares).append(x)
-    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(squares))) ** 2 if squares else 0.0
-    if sharded:
-        local = torch.stack(torch._foreach_norm([x.to_local() for x in sharded])) ** 2
-        local = local.sum()
-        dist.all_reduce(local)
-        total = total + local
+        (shards if sharded(x) else plain).append(local(x))
+    total = torch.stack(torch._foreach_norm(plain)).square().sum() if plain else 0.0
+    if shards:
+        squares = torch.stack(torch._foreach_norm(shards)).square().sum()
+        dist.all_reduce(squares)
+        total = total + squares
     return total**0.5
 
 
@@ -172,18 +173,20 @@ def anywhere(asked: bool) -> bool:
 
 def whole(x: Tensor) -> Tensor:
     """A tensor as one process would have it. With shards, every process must ask."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if sharded(x) else x
 
 
 def local(x: Tensor) -> Tensor:
     """The shard that is here, or x."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if sharded(x) else x
 
 
 def like(x: Tensor, target: Tensor) -> Tensor:
     """A whole tensor, placed, typed and cut as `target` is."""
-    if not isinstance(target, DTensor):
+    if not sharded(target):
         return torch.empty_like(target).copy_(x)  # in its memory format, too
+    from torch.distributed.tensor import distribute_tensor
+
     x = x.to(target.device, target.dtype)
     return distribute_tensor(x, target.device_mesh, target.placements)
 
@@ -196,14 +199,17 @@ def shard(units: Iterable[nn.Module], methods: tuple[str, ...] = ()) -> None:
     of a context, embeddings, logits), which FSDP's usual one root would not see. `methods` are those other than forward that
     units are called by. LoRA's matrices stay whole in every process: they are small, and of another type than what is frozen.
     """
-    mesh: DeviceMesh | None = None
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = None
     for unit in units:
         device = next(unit.parameters()).device
         mesh = mesh or init_device_mesh(device.type, (world(),))
         lora = {p for name, p in unit.named_parameters() if name.endswith((".lora_a", ".lora_b"))}
-        sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=lora)
+        cut = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=lora)
         if device.type == "cpu":  # gloo cannot average, only sum
-            sharded.set_force_sum_reduction_for_comms(True)
+            cut.set_force_sum_reduction_for_comms(True)
         for name in methods:
             if hasattr(unit, name):
                 register_fsdp_forward_method(unit, name)

@@ -83,6 +83,7 @@ def test_the_training_commands_follow_one_another(tmp_path, monkeypatch):
             load_unifashion("tiny", tmp_path / "tiny", draws=False, writes=True)
             continue
         few = ["--samples", "2"] if module in ("eval.captioning", "eval.generation") else []
+        few += ["--judge-steps", "2"] if module == "eval.generation" else []
         weights = ["--weights", str(tmp_path / "tiny")]
         importlib.import_module(module).main([*shlex.split(arguments), *few, *weights, "--quiet"])
 

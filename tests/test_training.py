@@ -57,6 +57,7 @@ def test_two_steps_and_a_resumed_two_are_four_steps_bit_for_bit(what, place):
         ("1 align", []),
         ("1 caption", []),
         ("1 align", ["--cache", "--accumulate", "2"]),
+        ("2 retrieval", ["--accumulate", "2"]),
         ("1 caption", ["--cache", "--dtype", "bf16", "--accumulate", "2"]),
         ("2 mixed", ["--cache", "--dtype", "bf16", "--accumulate", "2", "--freeze-diffusion"]),
     ],

@@ -71,6 +71,19 @@ def test_a_run_with_dropout_resumes_bit_for_bit(what, more, place, monkeypatch):
     assert_same_runs(place)
 
 
+@pytest.mark.parametrize("what", ["1 align", "2 mixed"])
+def test_every_batch_has_lots_of_its_own(what, place, monkeypatch):
+    """And dropout of its own: both are keyed by how many batches came before, of all tasks."""
+    drawn, seeds, born, seeding = [], [], training.Lots.__init__, torch.manual_seed
+    monkeypatch.setattr(training.Lots, "__init__", lambda *key: (drawn.append(key[1:4]), born(*key))[1])
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), seeding(seed))[1])
+    run(what, place, "run", 4, "--accumulate", "2", "--seed", "7")
+    learns = [key for key in drawn if not key[0].startswith("val ")]
+    assert [step for _, _, step in learns] == list(range(8)) and {seed for _, seed, _ in learns} == {7}
+    assert len({what for what, _, _ in learns}) == (4 if what == "2 mixed" else 1)
+    assert seeds[-8:] == [7 + step for step in range(8)]
+
+
 @pytest.mark.parametrize("what", ["1 caption", "2 mixed"])
 def test_a_run_killed_before_its_first_checkpoint_starts_again_as_it_was_asked(what, place):
     init = learned_once(place, what)

@@ -35,7 +35,7 @@ BAD_FILES = {
 SMALL = UniFashionConfig(
     vit=ViTConfig(image_size=(28, 28), patch_size=14, dim=32, depth=2, heads=4, mlp_dim=48),
     qformer=QFormerConfig(
-        200, 16, 12, queries=3, dim=24, depth=2, heads=4, mlp_dim=40, vision_dim=32, embed_dim=8
+        400, 16, 12, queries=3, dim=24, depth=2, heads=4, mlp_dim=40, vision_dim=32, embed_dim=8
     ),
     vae=VAEConfig(channels=32, channel_mult=(1, 1, 2), res_blocks=1),
     unet=UNetConfig(

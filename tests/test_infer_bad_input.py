@@ -123,7 +123,7 @@ def test_weights_that_are_missing_cut_short_or_another_presets_are_one_line(
     refused(room, capsys, argv, f"copy/{name}")
     path.write_bytes(whole)
     if name == "bert_vocab.txt":
-        path.write_bytes(whole + b"".join(b"word%d\n" % i for i in range(200)))
+        path.write_bytes(whole + b"".join(b"word%d\n" % i for i in range(400)))
     else:
         tensors = load_file(path)
         save_file({**tensors, min(tensors): torch.zeros(2, 2, 2, 2, 2)}, path)

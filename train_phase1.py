@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from unifashion import Parser, UserError, feed, losses, objectives, parallel, runs, sheets, training
@@ -80,8 +80,10 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
     words = (llm_tokenizer if writes else tokenizer)(args.preset, args.weights)
     data = open_data(args.data, TEXTS, args.allow_missing)
     samples = Answers(data, cfg, words) if writes else Pairs(data, cfg, words, draws)
-    samples = feed.Sound(samples, out / "skipped.txt", args.allow_missing)
-    train_set, val_set = (Subset(samples, part) for part in feed.held_out(products(data)))
+    train_set, val_set = (
+        feed.Sound(samples, out / "skipped.txt", args.allow_missing, part)
+        for part in feed.held_out(products(data))
+    )
     steps = training.planned_steps(args, hparams, len(train_set), before)
     few = parallel.few(size, len(val_set))
 

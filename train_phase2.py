@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from unifashion import Parser, UserError, feed, objectives, parallel, runs, sheets, training
@@ -127,8 +127,10 @@ def train(args: argparse.Namespace) -> bool:
     train_set, val_set, told, steps, few = {}, {}, {}, {}, {}
     for task in tasks:
         samples, held, told[task] = samples_of(task, data[task], cfg, words, llm_words, args.without)
-        samples = feed.Sound(samples, out / f"skipped.{task}.txt", args.allow_missing)
-        train_set[task], val_set[task] = (Subset(samples, part) for part in feed.held_out(held))
+        train_set[task], val_set[task] = (
+            feed.Sound(samples, out / f"skipped.{task}.txt", args.allow_missing, part)
+            for part in feed.held_out(held)
+        )
         asked = {"steps": n} if (n := before.get("task_steps", {}).get(task)) else {}  # none: refused below
         steps[task] = training.planned_steps(args, hparams[task], len(train_set[task]), asked)
         few[task] = parallel.few(size[task], len(val_set[task]))

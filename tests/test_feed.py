@@ -129,6 +129,12 @@ def test_in_place_of_a_broken_sample_comes_the_next_and_it_is_named_once(tmp_pat
     assert log.read_text().splitlines() == [f"{i}\t{i}.jpg: cannot be read as an image" for i in (5, 6, 299)]
 
 
+def test_what_is_held_out_takes_no_one_else_s_place(tmp_path):
+    sound = feed.Sound(Shelf(300, {20}), tmp_path / "skipped.txt", False, [5, 20, 7])
+    assert [int(sound[i]["index"]) for i in range(3)] == [5, 7, 7] and len(sound) == 3
+    assert (tmp_path / "skipped.txt").read_text().startswith("20\t")
+
+
 def test_more_than_one_in_a_hundred_stop_the_run_unless_that_is_allowed(tmp_path):
     broken = set(range(10, 14))  # of 300
     sound = feed.Sound(Shelf(300, broken), tmp_path / "skipped.txt", False)

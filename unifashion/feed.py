@@ -42,21 +42,22 @@ def batch_order(n: int, batch: int, seed: int, start: int, stop: int) -> Iterato
 
 class Sound(Dataset):
     """
-    The samples of `data` with their index; in place of one that cannot be read, the next that can.
+    The samples `indices` of `data`, or all, with their index; in place of one that cannot be read, the next of these that can.
 
     What was replaced is a line of `log` (RUN/skipped.txt), once. More than 1 % of the samples stop the run, unless `allow`:
     UserError. A process that reads (a DataLoader's worker) knows of the others by the log.
     """
 
-    def __init__(self, data: Dataset, log: Path, allow: bool) -> None:
+    def __init__(self, data: Dataset, log: Path, allow: bool, indices: list[int] | None = None) -> None:
         self.data, self.log, self.allow = data, log, allow
+        self.indices = list(range(len(data))) if indices is None else indices
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.indices)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         for j in range(len(self)):
-            at = (i + j) % len(self)
+            at = self.indices[(i + j) % len(self)]
             try:
                 return {**self.data[at], "index": torch.tensor(at)}
             except UserError as error:
@@ -70,7 +71,7 @@ class Sound(Dataset):
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with open(self.log, "a") as file:
                 file.write(line + "\n")
-        check_share(len(known | {line}), len(self), why, self.allow)
+        check_share(len(known | {line}), len(self.data), why, self.allow)
 
 
 def check_share(bad: int, of: int, example: str, allow: bool) -> None:

@@ -4,7 +4,7 @@ RUN/config.json     what was asked
 RUN/metrics.jsonl   one line a log step: the losses, lr, norms of their gradients, seconds per step; val
 RUN/samples/        pictures and captions
 RUN/losses.png      the curves of metrics.jsonl
-RUN/skipped.txt     samples that could not be read, and why
+RUN/skipped.txt     samples that could not be read, and why; in phase 2 skipped.TASK.txt
 RUN/nan.json        where a loss was not a number: the step, and what was in its batch
 RUN/lock            held while a process works here
 RUN/last/, best/    model.safetensors      everything learned so far, under our module names; EMA where there is one

@@ -230,7 +230,9 @@ def test_kill_9_at_random_moments_costs_the_steps_since_the_last_save(what, step
     )  # a process starts in no time
     dice, out, step = random.Random(4), place / "killed", 0
     flags = ["--eval-every", str(every), "--workers", "0"]
+    began = time.time()
     train(place, [(what, "whole", steps, flags, [])])
+    longest = (time.time() - began) / kills  # so that a fast machine does not come to the end
     for i in range(kills):
         resume = ["--resume"] if (out / "config.json").exists() else []
         run = context.Process(target=train, args=(place, [(what, "killed", steps, [*flags, *resume], [])]))
@@ -239,7 +241,7 @@ def test_kill_9_at_random_moments_costs_the_steps_since_the_last_save(what, step
         at, last = out / dice.choice(MOMENTS), out / MOMENTS[-1]
         while i % 2 and run.is_alive() and not (is_new(at, began) or is_new(last, began)):
             time.sleep(0.0005)
-        time.sleep(dice.uniform(0, 0.003 if i % 2 else 2))
+        time.sleep(dice.uniform(0, 0.003 if i % 2 else longest))
         assert run.is_alive(), "it came to its end before it was killed: give it more steps"
         run.kill()
         run.join()

@@ -1,6 +1,7 @@
 """Both training scripts against what they promise: what learns, what resumes, what is carried on, what is refused."""
 
 import argparse
+import errno
 import json
 import os
 import shutil
@@ -179,6 +180,18 @@ def test_a_signal_asks_for_the_end_and_a_second_one_is_obeyed_at_once(sign):
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+
+def test_a_full_disk_is_one_line_wherever_it_was_met_and_other_failures_are_not_hidden(capsys):
+    def write(number: int) -> None:
+        raise OSError(number, "what the system says", "metrics.jsonl")
+
+    with pytest.raises(SystemExit) as left:
+        training.run(lambda: write(errno.ENOSPC))
+    told = capsys.readouterr().err
+    assert left.value.code == 2 and told.count("\n") == 1 and "the disk is full" in told
+    with pytest.raises(PermissionError):
+        training.run(lambda: write(errno.EACCES))
 
 
 def test_stopped_before_its_first_step_it_says_so_in_one_line(capsys):

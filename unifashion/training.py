@@ -6,6 +6,7 @@ run that is resumed is the run that was not interrupted, bit for bit, and the nu
 
 import argparse
 import ctypes
+import errno
 import hashlib
 import math
 import signal
@@ -151,6 +152,11 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError:  # of several processes one is gone, and has said why
         if not parallel.follows():
             raise
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"{Path(sys.argv[0]).name}: the disk is full. What was saved before is whole", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)

@@ -90,7 +90,7 @@ def caption(args: argparse.Namespace) -> None:
     from unifashion import training
     from unifashion.caption import CaptionFile, check_search, pictures_of, write_captions
     from unifashion.preprocess import qformer_image, read_image
-    from weights.load import learned_file, llm_tokenizer, load_unifashion, sha256
+    from weights.load import LLMS, folder_of, learned_file, llm_tokenizer, load_unifashion, sha256, wanted
 
     notes: list[str] = []
     cfg, device, dtype = settle(args, notes)
@@ -98,23 +98,27 @@ def caption(args: argparse.Namespace) -> None:
     words = llm_tokenizer(args.preset, args.weights)
     check_search(cfg, words, args.style, args.max_tokens, args.beams)
     by = f"{args.model} {args.preset} {sha256(learned)[:12]}" + f" beams {args.beams}" * (args.beams > 1)
+    if args.preset == "full":  # whose LLM is one of several
+        by += f" {wanted(args.preset, folder_of(args.preset, args.weights), *LLMS).name}"
     named = pictures_of(args.image)
-    images = {path: {"image": str(path), "style": args.style, "model": by} for path in named}
+    # Beside a file pictures are told from there: however the command is said, a picture has one name.
+    told = {path: os.path.relpath(path, args.out.parent) if args.out else str(path) for path in named}
+    images = {path: {"image": told[path], "style": args.style, "model": by} for path in named}
     done = CaptionFile(args.out, by) if args.out else None
     todo: list[Path] = []
     bad: list[str] = []
     skipped: dict[Path, str] = {}  # of folders, whose other pictures need not wait for them
     for path, row in tqdm(images.items(), "looking", unit="picture", disable=args.quiet or len(images) < 50):
-        row["sha256"] = sha256(path) if os.path.isfile(path) else ""
-        if done is None or not done.has(row, args.max_tokens):
-            try:
+        try:
+            row["sha256"] = sha256(path) if os.path.isfile(path) else ""
+            if done is None or not done.has(row, args.max_tokens):
                 read_image(path)  # to complain now, of all at once, rather than after an hour
                 todo.append(path)
-            except UserError as error:
-                if named[path]:
-                    bad.append(str(error))
-                else:
-                    skipped[path] = str(error)
+        except (UserError, OSError) as error:  # of a disk, too
+            if named[path]:
+                bad.append(str(error))
+            else:
+                skipped[path] = str(error)
     if bad or len(skipped) == len(images):
         raise UserError("; ".join(bad or skipped.values()))
     images = {path: row for path, row in images.items() if path not in skipped}
@@ -159,6 +163,8 @@ def caption(args: argparse.Namespace) -> None:
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
     }
     used["cut"] = sum(not one.whole for one in written)
+    if empty := [told[path] for path, row in images.items() if not row.get("caption", "-").strip()]:
+        print(f"note: {len(empty)} of the captions are empty, that of {empty[0]} for one", file=sys.stderr)
     if args.json:
         rows = [row if done is None else done.of(row) for row in images.values()]
         used |= {"skipped": [*skipped.values()], "device": args.device, "dtype": args.dtype, "notes": notes}
@@ -279,7 +285,7 @@ def read_inputs(
 
 
 def encode(model: UniFashion, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """-> scene (1,9,y,x), context (1,32,768) and hint (1,4,y,x), as train_phase2.py's `encode_tryon` makes them."""
+    """-> scene (1,9,y,x), context (1,32,768) and hint (1,4,y,x), as `objectives.tryon` has them."""
     dtype = model.dtype
     x = {k: v.to(model.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     pose = model.vae.encode(x["pose"]) if "pose" in x else None

@@ -58,8 +58,10 @@ DEFAULTS = {
 }
 
 
-def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, resume: bool) -> bool:
-    """-> whether it came to its end: False after Ctrl-C."""
+def train(
+    stage: str, args: argparse.Namespace, init: Path | None, out: Path, resume: bool, stop: training.Stop
+) -> bool:
+    """-> whether it came to its end: False where it was asked to stop before."""
     hparams = {
         k: v if getattr(args, k, None) is None else getattr(args, k)
         for k, v in {**DEFAULTS[args.preset][stage], **ADAMW[stage]}.items()
@@ -102,6 +104,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
         )
     files = company(args.preset, args.weights)
     config = {**vars(args), **hparams, "stage": stage, "steps": steps, "init": init, "company": files}
+    config["samples"] = len(train_set)
     runs.start_run(out, config, resume)
 
     def stream(part: Dataset, order: Iterator[list[int]], cache: dict | None = None) -> Iterator[dict]:
@@ -120,6 +123,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
             start_adapter(model.text_adapter, z, as_words, floor=1e-4)
         else:
             start_adapter(model.image_adapter, z)
+    parallel.same(model.parameters() if fresh else ())
     if args.shard and parallel.world() > 1:
         parallel.shard(model.shards(), ("kv",))
     parameters = training.set_trainable(model, TRAINABLE[stage])
@@ -168,7 +172,8 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
 
     order = feed.batch_order(len(train_set), size, args.seed, state["step"] * accumulate, steps * accumulate)
     feeder = stream(train_set, order, {} if args.cache else None)
-    stop, watch = training.Stop(), runs.Watch(out, {stage: names(data)}, device)
+    watch = runs.Watch(out, {stage: names(data)}, device)
+    stop.heed()
     bar = tqdm(
         range(state["step"], steps), desc=stage, initial=state["step"], total=steps, mininterval=1,
         disable=parallel.rank() > 0,
@@ -200,7 +205,7 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
             bar.set_postfix(shown)
             watch.check()
             seconds = round((time.perf_counter() - clock) / (step + 1 - logged), 3)
-            clock, logged = time.perf_counter(), step + 1
+            logged = step + 1
             row = {"lr": lr * rate, "norms": [round(n, 3) for n in norms.tolist()], "seconds": seconds}
             runs.log_line(out, step=step, **shown, **row)
         if evaluates:
@@ -209,6 +214,8 @@ def train(stage: str, args: argparse.Namespace, init: Path | None, out: Path, re
             runs.save_evaluated(out, val, model, modules, optimizer, parameters, ema, state)
         elif leaves:
             runs.save_checkpoint(out / "last", model, modules, optimizer, parameters, ema, state)
+        if logged == state["step"]:  # "seconds" are those of steps alone
+            clock = time.perf_counter()
         if leaves:
             break
     return state["step"] == steps
@@ -257,7 +264,9 @@ def main(argv: list[str] | None = None) -> None:
     stages = list(STAGES) if args.stage == "all" else [args.stage]
     training.check_arguments(args, stages, "--stage")
     training.fast_malloc()
-    init = args.init
+    for name in args.data:
+        training.name_and_path(name, ("toy", *TEXTS))  # all of them are pictures with texts
+    init, stop = args.init, training.Stop()
     begun = [stage for stage in stages if (args.out / stage / "config.json").is_file()]
     if len(stages) > 1 and args.resume and not begun:
         raise UserError(f"nothing to resume: {args.out} holds no run")
@@ -273,7 +282,8 @@ def main(argv: list[str] | None = None) -> None:
         if len(stages) > 1:  # a stage that had not begun when the others were stopped begins now
             out = args.out / stage
             resume = args.resume and stage in begun
-        if not train(stage, args, init, out, resume):
+        ended = train(stage, args, init, out, resume, stop)
+        if not ended or (stop.asked_anywhere() and stage != stages[-1]):
             if parallel.rank() == 0:
                 print(f"train_phase1.py: stopped, {out} is saved: --resume goes on", file=sys.stderr)
             return

@@ -97,7 +97,7 @@ class Mix:
 
 
 def train(args: argparse.Namespace) -> bool:
-    """-> whether it came to its end: False after Ctrl-C."""
+    """-> whether it came to its end: False where it was asked to stop before."""
     defaults, cfg, out = DEFAULTS[args.preset], PRESETS[args.preset], args.out
     device = parallel.join(training.pick_device(args.device))
     training.plain_attention(device, args.dtype)
@@ -164,10 +164,12 @@ def train(args: argparse.Namespace) -> bool:
         "task": tasks,
         "steps": total,
         "task_steps": steps,
+        "samples": {t: len(train_set[t]) for t in tasks},
         "init": init,
         "company": company(args.preset, args.weights),
     }
     runs.start_run(out, config, args.resume)
+    parallel.same(model.parameters() if fresh else ())
     if args.shard and parallel.world() > 1:
         parallel.shard(model.shards(), ("kv",))
 
@@ -245,6 +247,7 @@ def train(args: argparse.Namespace) -> bool:
         order = feed.batch_order(len(train_set[task]), size[task], args.seed, first, last)
         feeders[task] = stream(task, train_set[task], order, {} if args.cache else None)
     stop, watch = training.Stop(), runs.Watch(out, told, device)
+    stop.heed()
     bar = tqdm(
         range(state["step"], total), initial=state["step"], total=total, mininterval=1, desc="+".join(tasks),
         disable=parallel.rank() > 0,
@@ -282,7 +285,7 @@ def train(args: argparse.Namespace) -> bool:
             bar.set_postfix({name: value for name, value in row.items() if name.startswith(task)})
             watch.check()
             seconds = round((time.perf_counter() - clock) / (step + 1 - logged), 3)
-            clock, logged, shown = time.perf_counter(), step + 1, {}
+            logged, shown = step + 1, {}
             rate = optimizer.param_groups[0]["lr"]
             runs.log_line(
                 out, step=step, **row, lr=rate, norms=[round(n, 3) for n in norms.tolist()], seconds=seconds
@@ -293,6 +296,8 @@ def train(args: argparse.Namespace) -> bool:
             runs.save_evaluated(out, val, model, modules, optimizer, parameters, ema, state)
         elif leaves:
             runs.save_checkpoint(out / "last", model, modules, optimizer, parameters, ema, state)
+        if logged == state["step"]:  # "seconds" are those of steps alone
+            clock = time.perf_counter()
         if leaves:
             break
     return state["step"] == total
@@ -380,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def split_parts(text: str) -> tuple[str, ...]:
-    parts = tuple(text.split(","))
+    parts = tuple(sorted(text.split(",")))
     if strange := [p for p in parts if p not in PARTS]:
         raise UserError(f"--without {strange[0]}: it is some of {','.join(PARTS)}")
     return parts

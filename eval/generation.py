@@ -265,9 +265,9 @@ def qformer_hash(model: UniFashion) -> str:
 
 
 def save_sheet(cases: Cases, outputs: list[list[np.ndarray]], path: Path) -> None:
-    """The first cases as columns: person, agnostic, cloth, sketch, then `outputs`, a row each."""
+    """The first cases as columns: person, mask, cloth, sketch, then `outputs`, a row each."""
     items = [cases.data[i] for i in range(min(ON_SHEET, len(cases)))]
-    rows = [[item[k].convert("RGB") for item in items] for k in ("person", "agnostic", "cloth", "sketch")]
+    rows = [[item[k].convert("RGB") for item in items] for k in ("person", "mask", "cloth", "sketch")]
     pixels = [torch.from_numpy(np.stack([np.asarray(x) for x in row])) for row in (*rows, *outputs)]
     sheets.save_sheet([row.permute(0, 3, 1, 2) / 127.5 - 1 for row in pixels], path)
 

@@ -74,7 +74,9 @@ class Leak:
     reasons: tuple[str, ...]
 
     def figures(self) -> str:
-        few = " (too few candidates to judge by)" * (self.candidates < FOUND_CANDIDATES)
+        signs = {"found": FOUND_CANDIDATES, "copied": COPIED_CANDIDATES}
+        unknown = [name for name, least in signs.items() if self.candidates < least]
+        few = f" (too few to judge by {' or '.join(unknown)})" * bool(unknown)
         return (
             f"{self.queries} queries, {self.candidates} candidates{few}, {self.guided} of them with text_guidance; BM25 R@10 "
             f"{self.recall10:.1f} R@50 {self.recall50:.1f} (shuffled {self.shuffled10:.1f}, {self.shuffled50:.1f}); "
@@ -97,7 +99,7 @@ def check(rows: list[dict], queries: list[tuple[str, str]], pool: list[str], all
         name = Path(row["image"]).stem
         if name in texts:
             texts[name].append(row["caption"])
-            if (row.get("text_guidance") or "").strip():
+            if str(row.get("text_guidance") or "").strip():  # whatever it is: a list of two, too
                 guided.add(name)
     if not any(texts.values()):
         raise UserError(f"the captions are of none of the {len(pool)} candidates")
@@ -255,6 +257,9 @@ def main(argv: list[str] | None = None) -> int:
         for category in CATEGORIES:
             if known.intersection(data.pools[category]):
                 asked = [(joined(x.captions), x.target) for x in data.rows if x.category == category]
+                if not asked:
+                    print(f"{category}: no query asks for it")
+                    continue
                 checked[category] = check(rows, asked, data.pools[category], allow=True)
                 print(f"{category}: {checked[category].figures()}", flush=True)
         if not checked:

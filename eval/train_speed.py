@@ -121,7 +121,8 @@ def random_model(
     for name, p in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         dtype = llm_dtype if owner.startswith("llama") else p.dtype
-        x = torch.empty(p.shape, dtype=dtype, device=device)
+        order = torch.channels_last if p.ndim == 4 else torch.contiguous_format  # as both scripts have it
+        x = torch.empty(p.shape, dtype=dtype, device=device, memory_format=order)
         if p.ndim > 1:
             x.normal_(std=0.02)
         else:

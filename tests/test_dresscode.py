@@ -39,13 +39,11 @@ def test_an_item_has_each_picture_from_its_file(root, paired):
         for name in ("fine", "coarse"):
             captions |= json.loads((root / f"{name}_captions.json").read_text())
         assert item["text"] == ", ".join(captions[cloth[:6]])
-        assert {item[k].size for k in ("person", "agnostic", "mask", "pose", "cloth", "sketch")} == {
-            (96, 128)
-        }
+        assert {item[k].size for k in ("person", "mask", "pose", "cloth", "sketch")} == {(96, 128)}
         assert item["mask"].mode == item["sketch"].mode == "L"
 
 
-def test_mask_and_agnostic_picture_are_mgds(root):
+def test_the_mask_is_mgds(root):
     data = DressCode(root, "train")
     for i, (category, person, _) in enumerate(data.rows):
         item, number = data[i], person[:6]
@@ -57,8 +55,6 @@ def test_mask_and_agnostic_picture_are_mgds(root):
         mask = np.asarray(item["mask"])
         shrunk = Image.fromarray(wanted).resize((96, 128), Image.Resampling.NEAREST)
         assert np.array_equal(mask > 0, np.asarray(shrunk)) and set(np.unique(mask)) == {0, 255}
-        agnostic, picture = np.asarray(item["agnostic"]), np.asarray(item["person"])
-        assert (agnostic[mask > 0] == 128).all() and np.array_equal(agnostic[mask == 0], picture[mask == 0])
 
 
 def test_items_have_the_keys_of_mgd_and_the_folder_tells_which_it_is(root, world):

@@ -112,8 +112,11 @@ def test_of_several_styles_the_detailed_one_is_taken_and_of_several_files_the_po
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
-        ([("a", "A")], "1 of 2 pictures of the pool dress have no caption, b for one"),
-        ([("a", "A"), ("b", " \n")], "1 of 2 pictures of the pool dress have no caption, b for one"),
+        ([("a", "A")], "1 of 2 pictures of the pool dress have no caption, or an empty one, b for one"),
+        (
+            [("a", "A"), ("b", " \n")],
+            "1 of 2 pictures of the pool dress have no caption, or an empty one, b for one",
+        ),
         ([("a", "A"), ("b", "B"), ("x/b.png", "C")], "x/b.png has two captions"),
     ],
 )

@@ -33,9 +33,8 @@ def test_the_real_annotations_are_read_whole(split, triplets, pools):
     assert all((row.target is None) == (split == "test") for row in data.rows)
     assert all(joined(row.captions, way).strip() for row in data.rows for way in range(4))
     assert data.captions == {} and data.captioned == []
-    # the pictures are not among the samples: each that a row names is missing, once
-    named = {n for row in data.rows for n in (row.reference, row.target) if n}
-    assert len(data.missing()) == len(named)
+    # the pictures are not among the samples: every row lacks its reference
+    assert data.missing() == [f"images/{row.reference}.png" for row in data.rows]
 
 
 @needs_samples
@@ -107,12 +106,20 @@ def test_our_own_captions_come_first_and_in_every_split(root):
         assert data.captioned == [0, 3] and data[0]["caption"] == "A long one."
 
 
+def test_a_picture_of_which_the_llm_had_nothing_to_say_has_no_caption(root):
+    (root / "captions.jsonl").write_text(
+        '{"image": "D0", "caption": "One."}\n\n{"image": "D1", "caption": " ** "}\n'
+    )
+    data = FashionIQ(root, "train")
+    assert data.captions == {"D0": "One."} and 0 not in data.captioned
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"image": "D1", "capt', "line 2 is not whole JSON"),
         ('{"image": "D1"}', "line 2 has not the texts image, caption"),
-        ('{"image": "D1", "caption": " ** "}', "line 2 has an empty caption"),
+        ('{"image": "", "caption": "Two."}', "line 2 has an empty image"),
         ('{"image": "x/D0.jpg", "caption": "Again."}', "line 2 captions D0 a second time"),
         ("[1]", "line 2 has not"),
     ],
@@ -167,7 +174,8 @@ def test_missing_pictures_are_listed_in_order_and_damaged_ones_named(root):
         (root / f"images/{name}.png").unlink()
     (root / "images/D2.png").write_bytes(b"<html>")
     data = FashionIQ(root, "val")
-    assert data.missing() == ["images/D0.png", "images/S1.png"]  # of D2 only what it holds is wrong
+    # each row that lacks one; of D2 only what it holds is wrong
+    assert data.missing() == ["images/D0.png", "images/S1.png", "images/S1.png"]
     with pytest.raises(UserError, match="images/D2.png: cannot be read as an image"):
         data[1]
     with pytest.raises(UserError, match="images/D0.png: cannot be read as an image"):

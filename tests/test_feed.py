@@ -141,6 +141,10 @@ def test_more_than_one_in_a_hundred_stop_the_run_unless_that_is_allowed(tmp_path
     assert int(sound[13]["index"]) == 14 and int(sound[12]["index"]) == 14 and int(sound[11]["index"]) == 14
     with pytest.raises(UserError, match=r"4 of 300 samples .* more than 1 % .say --allow-missing.*: 10.jpg"):
         sound[10]
+    with open(tmp_path / "skipped.txt", "a") as log:
+        log.write("10\tof a network that was away\n")  # known for another reason: it counts once
+    with pytest.raises(UserError, match=f"4 of 300 .*{tmp_path}/skipped.txt names all"):
+        sound[11]
     # the log is what another process that reads knows of the first
     with pytest.raises(UserError, match="4 of 300"):
         feed.Sound(Shelf(300, broken), tmp_path / "skipped.txt", False)[10]

@@ -1,5 +1,6 @@
 """`infer.py caption` against its promises: whose caption is printed where, what the file keeps, and what is refused."""
 
+import fcntl
 import hashlib
 import io
 import json
@@ -430,6 +431,37 @@ def test_a_run_that_was_killed_when_all_was_written_is_finished(
     assert (room / "out.jsonl").read_bytes() == whole and left_behind(room) == ["out.jsonl"]
 
 
+def test_what_another_run_is_writing_is_not_finished_for_it(
+    run: Run, room: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run("a.png", "--out", "out.jsonl")
+    (room / "out.jsonl").rename(room / "out.jsonl.part")
+    before = (room / "out.jsonl.part").read_bytes()
+    not_loaded(monkeypatch)
+    with open(room / "out.jsonl.part", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        _, err = run("a.png", "--out", "out.jsonl", "--quiet", code=2)
+    assert err == "infer.py: out.jsonl is being written by another run\n"
+    assert (room / "out.jsonl.part").read_bytes() == before and not (room / "out.jsonl").exists()
+
+
+def test_an_empty_caption_is_told(run: Run, room: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(unifashion.caption, "write_captions", lambda *_: [Caption("", 1, True)])
+    _, err = run("a.png", "--out", "out.jsonl", "--quiet")
+    assert err == "note: 1 of the captions are empty, that of a.png for one\n"
+
+
+def test_a_picture_has_one_name_however_it_is_said(run: Run, room: Path, monkeypatch: pytest.MonkeyPatch):
+    (room / "set").mkdir()
+    run("a.png", "--out", "set/out.jsonl")
+    before = (room / "set/out.jsonl").read_bytes()
+    assert json.loads(before)["image"] == "../a.png"
+    not_loaded(monkeypatch)
+    run(str(room / "a.png"), "--out", str(room / "set/out.jsonl"))
+    run("set/../a.png", "--out", "set/out.jsonl")
+    assert (room / "set/out.jsonl").read_bytes() == before
+
+
 def test_a_folder_that_vanishes_meanwhile_is_one_line(run: Run, room: Path, monkeypatch: pytest.MonkeyPatch):
     (room / "there").mkdir()
 
@@ -519,7 +551,7 @@ sys.exit(infer.main([*sys.argv[1:], sys.argv[-1] + "’"]))
     ran = start("infer.py", "caption", *flags[:-1], *image, "--out", str(out), "--json")
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["captions"] == rows(out)
-    assert [row["image"] for row in rows(out)] == [str(name) for name in names]
+    assert [row["image"] for row in rows(out)] == [name.name for name in names]
 
 
 # Bad input

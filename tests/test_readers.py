@@ -54,6 +54,40 @@ def test_captions_with_letters_beyond_ascii_are_read(copy):
     assert ("women/a/1/1_0.jpeg", "café-au-lait blouse") in Fashion200K(copy / "fashion200k").rows
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("women/a/1/1_0.jpeg\t0.9\t ", "a line is not path<TAB>score<TAB>caption"),
+        ("women/a/1/1_0.jpeg\t0.9\ta blouse\n" * 2, "labels: women/a/1/1_0.jpeg is there twice"),
+    ],
+    ids=["no caption", "twice"],
+)
+def test_a_label_of_fashion200k_without_a_caption_or_twice_is_named(copy, line, message):
+    (copy / "fashion200k/labels/top_train_detect_all.txt").write_text(line)
+    with pytest.raises(UserError, match=message):
+        Fashion200K(copy / "fashion200k")
+
+
+def test_what_a_mac_leaves_beside_labels_is_none(copy):
+    before = Fashion200K(copy / "fashion200k").rows
+    (copy / "fashion200k/labels/._top_train_detect_all.txt").write_bytes(b"\0\5\x16\7\xb0")
+    assert Fashion200K(copy / "fashion200k").rows == before
+
+
+@pytest.mark.parametrize(
+    ("path", "reader"),
+    [
+        ("fashion200k/labels/top_train_detect_all.txt", lambda root: Fashion200K(root / "fashion200k")),
+        ("vitonhd/train_pairs.txt", lambda root: VITONHD(root / "vitonhd")),
+    ],
+    ids=["labels", "pairs"],
+)
+def test_a_list_that_is_cut_within_a_letter_is_named(copy, path, reader):
+    (copy / path).write_bytes("a.jpg\t0.9\tcaf\u00e9".encode()[:-1])
+    with pytest.raises(UserError, match=f"{path}: not text in UTF-8"):
+        reader(copy)
+
+
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_fashiongen_gives_each_view_with_title_and_description(fashiongen, split):
     data = FashionGen(fashiongen / "fashiongen", split)
@@ -132,6 +166,29 @@ def test_columns_of_fashiongen_that_do_not_fit_are_refused(fashiongen_copy):
         put(file, "input_image", np.zeros((36, 8, 8), np.uint8))
     with pytest.raises(UserError, match="input_image is uint8.*not uint8"):
         FashionGen(fashiongen_copy / "fashiongen")
+
+
+def test_a_row_of_fashiongen_without_a_word_is_named_and_one_with_a_name_alone_is_read(fashiongen_copy):
+    with h5_file(fashiongen_copy) as file:
+        for key in ("name", "description"):
+            values = file[f"input_{key}"][()]
+            values[3] = b" "
+            if key == "description":
+                values[5] = b""
+            put(file, f"input_{key}", values)
+    data = FashionGen(fashiongen_copy / "fashiongen")
+    with pytest.raises(UserError, match="train.h5: row 3 has neither name nor description"):
+        data[3]
+    assert data[5]["text"] and not data[5]["text"].endswith(". ")
+
+
+def test_an_error_of_hdf5_of_any_kind_names_the_file(fashiongen, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("unable to get group info (addr overflow)")
+
+    monkeypatch.setattr(FashionGen, "strings", fails)
+    with pytest.raises(UserError, match="train.h5: cannot be read, or cut short .*addr overflow"):
+        FashionGen(fashiongen / "fashiongen")
 
 
 @pytest.mark.parametrize("harm", ["cut", "renamed", "empty"])
@@ -273,7 +330,6 @@ def test_vitonhd_pairs_by_the_first_column_and_unpairs_by_the_second(root):
     ("key", "path"),
     [
         ("person", "image/{}.jpg"),
-        ("agnostic", "agnostic-v3.2/{}.jpg"),
         ("pose", "image-densepose/{}.jpg"),
         ("cloth", "cloth/{}.jpg"),
     ],
@@ -286,7 +342,8 @@ def test_vitonhd_reads_each_picture_from_its_folder(root, key, path):
 
 def test_the_mask_is_white_where_the_agnostic_picture_is_grey(root):
     item = VITONHD(root / "vitonhd", "train")[0]
-    mask, agnostic, person = (np.asarray(item[key]).astype(int) for key in ("mask", "agnostic", "person"))
+    stored = Image.open(root / f"vitonhd/train/agnostic-v3.2/{item['person_id']}.jpg")
+    mask, agnostic, person = (np.asarray(x).astype(int) for x in (item["mask"], stored, item["person"]))
     assert item["mask"].mode == "L" and set(np.unique(mask)) == {0, 255}
     assert np.abs(agnostic[mask == 255] - 128).mean() < 1
     assert np.abs(agnostic[mask == 0] - person[mask == 0]).mean() < 2
@@ -294,10 +351,19 @@ def test_the_mask_is_white_where_the_agnostic_picture_is_grey(root):
 
 def test_soft_masks_are_cut_at_128(copy):
     name = VITONHD(copy / "vitonhd", "train").pairs[0][0]
-    Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)).save(
-        copy / f"vitonhd/train/agnostic-mask/{name}_mask.png"
-    )
-    assert np.asarray(VITONHD(copy / "vitonhd", "train")[0]["mask"]).tolist() == [[0, 0, 255, 255]]
+    soft = Image.fromarray(np.array([[0, 127], [128, 255]], np.uint8))
+    soft = soft.resize(VITONHD(copy / "vitonhd", "train")[0]["person"].size, Image.Resampling.NEAREST)
+    soft.save(copy / f"vitonhd/train/agnostic-mask/{name}_mask.png")
+    mask = np.asarray(VITONHD(copy / "vitonhd", "train")[0]["mask"])
+    half = len(mask) // 2
+    assert (mask[:half] == 0).all() and (mask[half:] == 255).all()
+
+
+def test_a_mask_of_another_size_than_its_person_is_named(copy):
+    name = VITONHD(copy / "vitonhd", "train").pairs[0][0]
+    Image.new("L", (5, 7)).save(copy / f"vitonhd/train/agnostic-mask/{name}_mask.png")
+    with pytest.raises(UserError, match=rf"{name}_mask.png: is of \(5, 7\) pixels, its person of \("):
+        VITONHD(copy / "vitonhd", "train")[0]
 
 
 def test_mgd_adds_the_text_of_the_cloth_and_its_in_shop_sketch(root):
@@ -322,8 +388,7 @@ def test_mgd_falls_back_to_the_sketches_on_the_person(copy, paired):
 
 def test_mgd_makes_the_mask_itself_where_viton_hds_is_not_there(copy):
     before = MGD(copy / "vitonhd", "train")[0]
-    for name in ("agnostic-mask", "agnostic-v3.2"):
-        shutil.rmtree(copy / "vitonhd/train" / name)
+    shutil.rmtree(copy / "vitonhd/train/agnostic-mask")
     data = MGD(copy / "vitonhd", "train")
     item, folder = data[0], copy / "vitonhd/train"
     assert set(item) == set(before) and data.missing() == []
@@ -333,11 +398,10 @@ def test_mgd_makes_the_mask_itself_where_viton_hds_is_not_there(copy):
     wanted = Image.fromarray(mgd_masks(parse, joints, (128, 96), RULES).repaint).resize(
         (96, 128), Image.Resampling.NEAREST
     )
-    mask, agnostic, person = (np.asarray(item[key]) for key in ("mask", "agnostic", "person"))
+    mask = np.asarray(item["mask"])
     assert np.array_equal(mask > 0, np.asarray(wanted)) and not np.array_equal(
         mask, np.asarray(before["mask"])
     )
-    assert (agnostic[mask > 0] == 128).all() and np.array_equal(agnostic[mask == 0], person[mask == 0])
     assert mask[np.isin(np.asarray(parse), (5, 6, 7))].mean() > 250
     joints_file = folder / f"openpose_json/{item['person_id']}_keypoints.json"
     joints_file.write_text('{"people": []}')
@@ -450,7 +514,7 @@ def test_nothing_is_missing_from_what_was_drawn(root, fashiongen):
 
 
 @pytest.mark.parametrize("i", range(4))
-def test_missing_pictures_are_listed_once_in_the_order_of_the_rows(copy, i):
+def test_missing_pictures_are_listed_in_the_order_of_the_rows(copy, i):
     name, gone = MISSING[i]
     data = every_reader(copy)[i]
     first, last = sorted(copy.glob(f"{name}/{gone}"))[::2][:2]
@@ -474,6 +538,8 @@ def test_the_missing_come_in_the_rows_order_with_whole_folders(copy):
     assert len(data.missing()) == 4
     (copy / "vitonhd/test/cloth" / f"{data.photos.pairs[0][1]}.jpg").symlink_to("nowhere.jpg")
     assert len(data.missing()) == 4  # a link to nothing is no picture
+    shutil.rmtree(copy / "vitonhd/test/image")
+    assert len(data.missing()) == 4  # who lacks several files counts once
 
 
 def test_a_person_who_is_there_twice_is_named(copy):

@@ -158,11 +158,20 @@ def test_another_error_of_the_disk_is_a_bug_and_is_not_told_as_full(place, monke
     assert not (place / "run/best").exists() and not (place / "run/best.new").exists()
 
 
-def test_a_checkpoint_that_was_cut_short_is_not_gone_on_from(place):
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("last/model.safetensors", "model.safetensors: not a whole safetensors file"),
+        ("last/optimizer.safetensors", "optimizer.safetensors: not a whole safetensors file"),
+        ("last/state.json", "state.json: not whole JSON"),
+        ("config.json", "config.json: not whole JSON"),
+    ],
+)
+def test_a_checkpoint_that_was_cut_short_is_not_gone_on_from(name, told, place):
     run("1 align", place, "run", 1)
-    file = place / "run/last/model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"):
+    file = place / "run" / name
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=told):
         run("1 align", place, "run", 1, "--resume", "--steps", "2")
 
 
@@ -189,6 +198,17 @@ def test_a_run_folder_in_use_by_another_process_is_refused_in_one_line(place, ca
     assert [p.name for p in (place / "second").iterdir()] == ["lock"]
     run("1 align", place, "first", 1, "--resume", "--steps", "2")  # with the process, its lock has gone
     assert state(place / "first")["step"] == 2
+
+
+def test_a_file_system_without_locks_is_told_as_such(tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "lockf", lockf)
+    with pytest.raises(
+        UserError, match=r"lock cannot be locked \(No locks available\): name an --out elsewhere"
+    ):
+        runs.lock(tmp_path)
 
 
 def test_while_a_run_goes_on_no_other_process_has_its_folder(place, monkeypatch):

@@ -1,8 +1,10 @@
 """ToyFashion against its promises: one mask a person, a reachable true answer, visible attributes, separate splits."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -242,6 +244,35 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path):
     with pytest.raises(UserError, match="not a ToyFashion folder"):
         toy.ensure(tmp_path, **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.txt"]
+
+
+def test_of_two_that_draw_the_same_world_the_faster_one_is_taken(tmp_path, monkeypatch):
+    """As the processes of torchrun do at first use."""
+    writes, settings = toy.write_tables, {**SMALL, "quiet": True}
+
+    def slower(*args: object) -> None:
+        monkeypatch.setattr(toy, "write_tables", writes)
+        with monkeypatch.context() as patch:
+            patch.setattr(toy.os, "getpid", lambda: 1)
+            toy.ensure(tmp_path / "toy", **settings)
+        writes(*args)
+
+    monkeypatch.setattr(toy, "write_tables", slower)
+    assert toy.ensure(tmp_path / "toy", **settings) == tmp_path / "toy"
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"] and (tmp_path / "toy/toy.json").is_file()
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(toy, "write_tables", full)
+    monkeypatch.setattr(sys, "argv", ["toy", "--out", str(tmp_path / "toy"), "--train", "1", "--val", "0"])
+    with pytest.raises(SystemExit) as left:
+        toy.main()
+    told = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and told[-1] == "unifashion.data.toy: [Errno 28] No space left on device"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_drawing_leaves_no_folder(tmp_path, monkeypatch):

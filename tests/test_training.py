@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,7 @@ from weights.tiny import pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+ROOT = Path(__file__).parent.parent
 WRITES, DRAWS = {"text_adapter", "lora"}, {"image_adapter", "style_adapter", "null_context", "unet"}
 
 # Going on
@@ -174,6 +178,10 @@ def test_a_signal_asks_for_the_end_and_a_second_one_is_obeyed_at_once(sign):
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         stop = training.Stop()
+        assert {
+            s: signal.getsignal(s) for s in before
+        } == before  # what takes long before a loop ends at once
+        stop.heed()
         assert not stop.asked
         os.kill(os.getpid(), sign)
         assert stop.asked and signal.getsignal(sign) == signal.SIG_DFL
@@ -186,12 +194,67 @@ def test_a_full_disk_is_one_line_wherever_it_was_met_and_other_failures_are_not_
     def write(number: int) -> None:
         raise OSError(number, "what the system says", "metrics.jsonl")
 
-    with pytest.raises(SystemExit) as left:
-        training.run(lambda: write(errno.ENOSPC))
-    told = capsys.readouterr().err
-    assert left.value.code == 2 and told.count("\n") == 1 and "the disk is full" in told
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        with pytest.raises(SystemExit) as left:
+            training.run(lambda number=number: write(number))
+        told = capsys.readouterr().err
+        assert left.value.code == 2 and told.count("\n") == 1 and "the disk is full" in told
     with pytest.raises(PermissionError):
         training.run(lambda: write(errno.EACCES))
+
+
+@pytest.mark.parametrize("moment", ["last step", "evaluation"])
+def test_stopped_at_the_end_of_a_stage_the_next_does_not_begin(moment, place, monkeypatch, capsys):
+    monkeypatch.setitem(
+        train_phase1.DEFAULTS,
+        "tiny",
+        {k: {**v, "steps": 1} for k, v in train_phase1.DEFAULTS["tiny"].items()},
+    )
+    everything = [a if a != "align" else "all" for a in arguments("1 align", place, "all")]
+    asks, part = (training, "backward_apart") if moment == "last step" else (runs, "save_evaluated")
+    does = getattr(asks, part)
+
+    def asked(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return does(*args)
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(asks, part, asked)
+            train_phase1.main(everything)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    assert (place / "all/align/best").exists() and not (place / "all/caption").exists()
+    assert "align is saved: --resume goes on" in capsys.readouterr().err
+    train_phase1.main([*everything, "--resume"])
+    assert [state(place / "all" / stage)["step"] for stage in PHASE1] == [1, 1, 1]
+
+
+def test_a_signal_to_the_whole_group_is_for_the_process_that_trains(place):
+    """As `timeout` and schedulers send it: the processes that read must not die of it before their data are used."""
+    place.joinpath("go.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import pytest, train_phase1; from pathlib import Path\n"
+        "from tests.small_runs import arguments, shrink; from unifashion import training\n"
+        "patch = pytest.MonkeyPatch(); shrink(patch)\n"
+        "flags = ['--workers', '2', '--steps', '100000']\n"
+        "training.run(lambda: train_phase1.main(arguments('1 align', Path('.'), 'run', *flags)))\n"
+    )
+    with open(place / "told", "w") as told:
+        run = subprocess.Popen(
+            [sys.executable, "go.py"], cwd=place, stdout=told, stderr=told, start_new_session=True
+        )
+        try:
+            while not (place / "run/metrics.jsonl").exists():
+                assert run.poll() is None, (place / "told").read_text()
+                time.sleep(0.2)
+            os.killpg(run.pid, signal.SIGTERM)
+            assert run.wait(60) == 0, (place / "told").read_text()
+        finally:
+            run.poll() is None and os.killpg(run.pid, signal.SIGKILL)
+    assert "stopped, run is saved" in (place / "told").read_text() and state(place / "run")["step"] > 0
 
 
 def test_stopped_before_its_first_step_it_says_so_in_one_line(capsys):
@@ -714,6 +777,7 @@ def test_no_sample_that_is_learned_from_is_among_those_that_choose_the_best(what
     ("script", "flags", "told"),
     [
         (1, ["--data", "imagenet"], "unknown data set 'imagenet': it is one of toy, "),
+        (1, ["--data", "toy", "fashioniq"], "unknown data set 'fashioniq': it is one of toy, fashion200k"),
         (1, ["--data", "toy", "--steps", "0"], "--steps is 0"),
         (1, ["--data", "toy", "--steps", "5", "--epochs", "1"], "not both"),
         (1, ["--data", "toy", "--stage", "all", "--lr", "0.1"], "name one with --stage"),

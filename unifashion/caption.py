@@ -174,6 +174,8 @@ class CaptionFile:
 
     def finish(self) -> None:
         if self.part.is_file():  # or nothing has been added
+            if self.lock is None:  # it may be another run's, which still adds to it
+                self._begin()
             with self._naming_errors():
                 self._new(self.path).write_bytes(self._lines(list(self.rows.values())))
                 self._new(self.path).replace(self.path)

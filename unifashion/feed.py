@@ -4,6 +4,7 @@ An order is a function of (seed, epoch) alone, over the batches of all processes
 another number of processes, sees the same batches.
 """
 
+import signal
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,8 +45,8 @@ class Sound(Dataset):
     """
     The samples `indices` of `data`, or all, with their index; in place of one that cannot be read, the next of these that can.
 
-    What was replaced is a line of `log` (RUN/skipped.txt), once. More than 1 % of the samples stop the run, unless `allow`:
-    UserError. A process that reads (a DataLoader's worker) knows of the others by the log.
+    What was replaced is a line of `log` (RUN/skipped.txt, of phase 2 skipped.TASK.txt), once. More than 1 % of the samples stop
+    the run, unless `allow`: UserError. A process that reads (a DataLoader's worker) knows of the others by the log.
     """
 
     def __init__(self, data: Dataset, log: Path, allow: bool, indices: list[int] | None = None) -> None:
@@ -71,7 +72,8 @@ class Sound(Dataset):
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with open(self.log, "a") as file:
                 file.write(line + "\n")
-        check_share(len(known | {line}), len(self.data), why, self.allow)
+        bad = {line.partition("\t")[0] for line in known | {line}}
+        check_share(len(bad), len(self.data), f"{why}; {self.log} names all", self.allow)
 
 
 def check_share(bad: int, of: int, example: str, allow: bool) -> None:
@@ -99,7 +101,7 @@ def batches(
     """
     mine = (parallel.own(torch.tensor(indices)).tolist() for indices in order)
     if cache is None:
-        for batch in DataLoader(samples, batch_sampler=mine, num_workers=workers):
+        for batch in DataLoader(samples, batch_sampler=mine, num_workers=workers, worker_init_fn=_heedless):
             yield encode(shorten(batch))
         return
     known = cache.setdefault("known", torch.zeros(len(samples), dtype=torch.bool))
@@ -116,6 +118,16 @@ def batches(
             known[first : first + GROUP] = True
         kept = {name: x[rows] for name, x in cache.items() if name != "known"}
         yield shorten({name: x.float() if x.is_floating_point() else x for name, x in kept.items()})
+
+
+def _heedless(_: int) -> None:
+    """A process that reads: what asks the whole group to stop (Ctrl-C, `timeout`, a scheduler) is for the one that trains."""
+
+    def once(*_) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the second is from the one that trains
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, once)
 
 
 HERE = ("index", "odds")  # what is looked at on the CPU: to fetch it from the device would wait for it

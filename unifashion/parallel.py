@@ -114,7 +114,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         # Each process computed the whole loss, and `average` will divide by their number: so this is the sum.
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # it may be another's, too
         dist.all_reduce(grad)
         return own(grad)
 
@@ -126,6 +126,15 @@ def gather(x: Tensor) -> Tensor:
     if x.dtype == torch.bool:  # gloo has no collectives on bool
         return _Gather.apply(x.to(torch.uint8)).bool()
     return _Gather.apply(x)
+
+
+def same(tensors: Iterable[Tensor]) -> None:
+    """In place, the first process's values in all: what starts random is equal by its seed only where the devices are."""
+    if world() > 1:
+        for x in tensors:
+            plain = x.detach().contiguous()
+            dist.broadcast(plain, 0)
+            x.data.copy_(plain)
 
 
 def average(tensors: list[Tensor]) -> None:

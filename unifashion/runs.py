@@ -5,7 +5,7 @@ RUN/metrics.jsonl   one line a log step: the losses, lr, norms of their gradient
 RUN/samples/        pictures and captions
 RUN/losses.png      the curves of metrics.jsonl
 RUN/skipped.txt     samples that could not be read, and why; in phase 2 skipped.TASK.txt
-RUN/nan.json        where a loss was not a number: the step, and what was in its batch
+RUN/nan.json        where a loss was not a number: the step, and what was in its batch; of several processes nan.RANK.json
 RUN/lock            held while a process works here
 RUN/last/, best/    model.safetensors      everything learned so far, under our module names; EMA where there is one
                     optimizer.safetensors  AdamW's moments, and the raw weights of what has an EMA
@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from unifashion import UserError, lora, parallel, sheets
 from unifashion.config import UniFashionConfig
+from unifashion.data import read_json
 from unifashion.model import UniFashion
 from unifashion.training import EMA
 
@@ -81,15 +82,19 @@ def lock(out: Path) -> None:
             # Not flock: the processes that read pictures would hold it, too, for seconds after this one was killed.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _locks[out.resolve()] = file
-        except OSError:
+        except OSError as refused:
             file.close()
             error = UserError(f"{out} is in use by another process: name another --out")
+            if refused.errno not in (errno.EACCES, errno.EAGAIN):
+                error = UserError(
+                    f"{out}/lock cannot be locked ({refused.strerror}): name an --out elsewhere"
+                )
     parallel.together(error)
 
 
 def asked_before(out: Path, resume: bool) -> dict:
     """config.json of the run that goes on, which says what need not be said again: --init and --steps."""
-    return json.loads((out / "config.json").read_text()) if resume else {}
+    return read_json(out / "config.json") if resume else {}
 
 
 def start_run(out: Path, config: dict, resume: bool) -> None:
@@ -98,12 +103,18 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
     config = json.loads(json.dumps(config, default=str))
     if before := asked_before(out, resume):
         asked = before.keys() & config.keys() - set(MAY_CHANGE)
-        for name in sorted(asked, key=lambda name: (name != "stage", name)):
+        if has_checkpoint(out):  # what it began from is in it
+            asked |= {"init"} & before.keys() & config.keys()
+        for name in sorted(asked, key=lambda name: (name != "stage", name == "samples", name)):
             if name == "company":  # files that a stage does not read may have come since
                 before[name] = {
                     file: before[name][file] for file in before[name].keys() & config[name].keys()
                 }
                 config[name] = {file: config[name][file] for file in before[name]}
+            if name == "samples" and before[name] != config[name]:
+                raise UserError(
+                    f"{out} was started with {before[name]} samples, now there are {config[name]}"
+                )
             if before[name] != config[name]:
                 flag, was = name.replace("_", "-"), before[name]
                 raise UserError(f"{out} was started with {flag} {was}, not {config[name]}: repeat its flags")
@@ -183,7 +194,8 @@ def _write(folder: Path, tensors: dict[str, Tensor], moments: dict[str, Tensor],
         (new / "state.json").write_text(json.dumps(state, indent=1))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(told in str(error) for told in ("No space left", "quota exceeded")):
             raise UserError(
                 f"{folder} cannot be saved: the disk is full. What was saved before is whole"
             ) from None
@@ -196,9 +208,9 @@ def _write(folder: Path, tensors: dict[str, Tensor], moments: dict[str, Tensor],
 
 
 def _kept(x: Tensor) -> Tensor:
-    """What goes to a file: whole, and not changed by what comes next (EMA's swap)."""
+    """What goes to a file: whole, and not changed by what comes next (EMA's swap). Only the first process keeps it."""
     x = parallel.whole(x).detach()
-    return x.to("cpu", copy=True).contiguous() if parallel.rank() == 0 else x
+    return x.to("cpu", copy=True).contiguous() if parallel.rank() == 0 else x.new_empty(0)
 
 
 def save_evaluated(
@@ -277,7 +289,7 @@ def _whole_one(folder: Path) -> Path:
 
 
 def _state_of(folder: Path) -> dict:
-    return json.loads((folder / "state.json").read_text())
+    return read_json(folder / "state.json")
 
 
 def load_checkpoint(
@@ -295,10 +307,15 @@ def load_checkpoint(
         return lowest  # killed before its first checkpoint: from the start
     state = {**_state_of(folder), **lowest}
     load_learned(model, folder / "model.safetensors")
-    moments = load_file(folder / "optimizer.safetensors")
+    try:
+        moments = load_file(folder / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}/optimizer.safetensors: not a whole safetensors file ({error})") from None
     for name, p in parameters.items():
         if ema is not None and name in ema.parameters:
             ema.average[name].copy_(p.data)
+            if f"{name}:raw" not in moments:
+                raise UserError(f"{folder}/optimizer.safetensors lacks {name}:raw")
             p.data.copy_(parallel.like(moments.pop(f"{name}:raw"), p.data))
         keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{k}" in moments]
         if keys:

@@ -69,7 +69,10 @@ def common_arguments(parser: argparse.ArgumentParser, defaults: dict[str, dict[s
     g.add_argument("--lr", type=float, help=each("lr"))
     g = parser.add_argument_group("run")
     g.add_argument(
-        "--accumulate", type=int, default=1, help="batches per optimiser step (default %(default)s)"
+        "--accumulate",
+        type=int,
+        default=1,
+        help="batches per optimiser step, the gradient of each clipped on its own (default %(default)s)",
     )
     g.add_argument("--seed", type=int, default=0)
     g.add_argument(
@@ -154,9 +157,11 @@ def run(main: Callable[[], None]) -> None:
             raise
         sys.exit(2)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"{Path(sys.argv[0]).name}: the disk is full. What was saved before is whole", file=sys.stderr)
+        told = "the disk is full. What was saved before is whole"
+        if parallel.tells(told):
+            print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
@@ -316,12 +321,15 @@ def averaged(ema: EMA | None) -> Iterator[None]:
 
 class Stop:
     """
-    Ctrl-C and SIGTERM ask for the end: the loop finishes its step, saves and leaves. Asked again, they end at once; not where
-    torchrun passes on what a cluster's scheduler has sent to every process already. It waits 30 seconds (--shutdown-timeout).
+    From `heed` on Ctrl-C and SIGTERM ask for the end: the loop finishes its step, saves and leaves. Asked again, they end at
+    once; not where torchrun passes on what a cluster's scheduler has sent to every process already. It waits 30 seconds
+    (--shutdown-timeout).
     """
 
     def __init__(self) -> None:
         self.asked = False
+
+    def heed(self) -> None:
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self._ask)
 

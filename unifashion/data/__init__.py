@@ -31,8 +31,18 @@ def read_json(path: Path):
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not whole JSON ({error})") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that have something. Raises UserError if it cannot be read or is not UTF-8."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not text in UTF-8 ({error})") from None
 
 
 def refuse_repeated(path: Path, ids: Iterable) -> None:
@@ -43,14 +53,17 @@ def refuse_repeated(path: Path, ids: Iterable) -> None:
         raise UserError(f"{path}: {repeated[0]} is there twice{more}")
 
 
-def absent(root: Path, paths: Iterable[str]) -> list[str]:
-    """Those of `paths`, relative to `root`, that are not files there: in their order, each once.
+def absent(root: Path, rows: Iterable[Iterable[str]], endings: tuple[str, ...] = ("",)) -> list[str]:
+    """
+    For each of `rows` that lacks a file, the first that it lacks, with the first ending.
+
+    rows  the paths of an item's files, relative to `root`; each may have any of `endings`
 
     Each folder is listed once: to ask for 300,000 files one by one takes minutes on a network's disk.
     """
     listed: dict[str, set[str]] = {}
-    gone: dict[str, None] = {}
-    for path in paths:
+
+    def is_there(path: str) -> bool:
         folder, _, name = path.rpartition("/")
         if folder not in listed:
             try:
@@ -58,6 +71,7 @@ def absent(root: Path, paths: Iterable[str]) -> list[str]:
                     listed[folder] = {entry.name for entry in entries if entry.is_file()}
             except (FileNotFoundError, NotADirectoryError):
                 listed[folder] = set()
-        if name not in listed[folder]:
-            gone[path] = None
-    return list(gone)
+        return any(name + ending in listed[folder] for ending in endings)
+
+    firsts = (next((path for path in row if not is_there(path)), None) for row in rows)
+    return [path + endings[0] for path in firsts if path is not None]

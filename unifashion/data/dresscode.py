@@ -20,7 +20,7 @@ from PIL import Image
 from unifashion import UserError
 from unifashion.data import absent, open_image, read_json
 from unifashion.data.mgd import read_chunks
-from unifashion.data.mgd_mask import DRESSCODE, check_joints, masked
+from unifashion.data.mgd_mask import DRESSCODE, check_joints, read_mask
 from unifashion.data.vitonhd import read_pairs
 
 FRAME = (512, 384)  # (h,w) in whose pixels joints are told
@@ -32,9 +32,9 @@ PART_COLOURS = np.array(
 
 
 class DressCode:
-    """Items as `MGD` has them: {"person_id", "cloth_id", "person", "agnostic", "mask", "pose", "cloth", "sketch", "text"}.
+    """Items as `MGD` has them: {"person_id", "cloth_id", "person", "mask", "pose", "cloth", "sketch", "text"}.
 
-    Ids are file names without suffix ("052012_0", "052012_1"). Mask and agnostic picture are MGD's (`mgd_mask`); the pose is
+    Ids are file names without suffix ("052012_0", "052012_1"). The mask is MGD's (`mgd_mask`); the pose is
     the map of body parts in colours; the text is the garment's noun chunks, ", "-joined.
 
     rows        (category, person's id, cloth's id) of each item, all three categories, one after the other
@@ -87,7 +87,7 @@ class DressCode:
             "person_id": person,
             "cloth_id": cloth,
             "person": picture,
-            **masked(picture, path["labels"], joints, FRAME, DRESSCODE[category]),
+            "mask": read_mask(picture, path["labels"], joints, FRAME, DRESSCODE[category]),
             "pose": part_colours(open_image(path["pose"])).resize(picture.size, Image.Resampling.NEAREST),
             "cloth": open_image(path["cloth"]),
             "sketch": open_image(path["sketch"], "L"),
@@ -109,8 +109,8 @@ class DressCode:
         return {key: f"{category}/{name}" for key, name in names.items()}
 
     def missing(self) -> list[str]:
-        """The files that the pairs name and that are not there, relative to the root."""
-        return absent(self.root, (path for row in self.rows for path in self.paths(*row).values()))
+        """Of each pair that lacks a file, the first that is not there, relative to the root."""
+        return absent(self.root, (self.paths(*row).values() for row in self.rows))
 
 
 def part_colours(dense: Image.Image) -> Image.Image:

@@ -31,7 +31,7 @@ class FashionGen:
     """Items {"image": RGB, "text": "name. description", "path": "split/row", "product", "category", "subcategory"}.
 
     The split is "train", "validation" (or "val"), for ToyFashion also "test". `products` has the product of each item.
-    Raises UserError if h5py or the file is missing, or the file is not what it should be.
+    Raises UserError if h5py or the file is missing, or the file is not what it should be, and for an item without text.
     """
 
     def __init__(self, root: str | Path, split: str = "train") -> None:
@@ -42,6 +42,14 @@ class FashionGen:
             raise UserError(
                 f"{self.file} is missing: ask for FashionGen at fashion-gen.com, or use --data toy."
             )
+        try:
+            self._read_texts()
+        except UserError:
+            raise
+        except Exception as error:  # of a file that was downloaded in part HDF5 raises many kinds
+            raise UserError(f"{self.file}: cannot be read, or cut short ({error})") from None
+
+    def _read_texts(self) -> None:
         with self.open() as file:
             missing = [key for key in ("image", *TEXTS) if f"input_{key}" not in file]
             if missing:
@@ -58,13 +66,15 @@ class FashionGen:
             if len(set(sizes.values())) > 1:
                 raise UserError(f"{self.file}: numbers of rows differ: {sizes}")
         names, descriptions, self.categories, self.subcategories, self.products = columns.values()
-        self.texts = [f"{name}. {text}" for name, text in zip(names, descriptions, strict=True)]
+        self.texts = [". ".join(filter(None, of)) for of in zip(names, descriptions, strict=True)]
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def __getitem__(self, index: int) -> dict:
         row = range(len(self))[index]
+        if not self.texts[row]:
+            raise UserError(f"{self.file}: row {row} has neither name nor description")
         # A file that was opened before a fork must not be read after it: each process opens its own.
         if self.opened is None or self.opened[0] != os.getpid():
             self.opened = None  # closed first: HDF5 would give back what is open already

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from unifashion import UserError
-from unifashion.data import absent, open_image, read_json, refuse_repeated
+from unifashion.data import absent, open_image, read_json, read_lines, refuse_repeated
 
 CATEGORIES = ("dress", "shirt", "toptee")
 FIELDS = ("image", "caption", "text_guidance")
@@ -96,10 +96,8 @@ class FashionIQ:
         return open_image(self.root / picture_path(self.root, name))
 
     def missing(self) -> list[str]:
-        """The pictures that the rows name and that are not there, relative to the root."""
-        return absent_pictures(
-            self.root, (name for row in self.rows for name in (row.reference, row.target) if name)
-        )
+        """Of each row that lacks a picture, the first that is not there, relative to the root."""
+        return absent_pictures(self.root, ((row.reference, row.target or row.reference) for row in self.rows))
 
     def read_own_captions(self, split: str) -> dict[str, str]:
         file = self.root / "captions.jsonl"
@@ -152,7 +150,7 @@ class FashionIQCap:
 
     def missing(self) -> list[str]:
         """The pictures that the rows name and that are not there, relative to the root."""
-        return absent_pictures(self.root, self.products)
+        return absent_pictures(self.root, ([name] for name in self.products))
 
 
 def joined(captions: tuple[str, str], way: int = 0) -> str:
@@ -173,10 +171,9 @@ def picture_path(root: Path, name: str) -> str:
     return jpeg if not (root / path).exists() and (root / jpeg).exists() else path
 
 
-def absent_pictures(root: Path, names: Iterable[str]) -> list[str]:
-    gone = absent(root, (f"images/{name}.png" for name in names))
-    jpegs = absent(root, (path.removesuffix("png") + "jpg" for path in gone))
-    return [path.removesuffix("jpg") + "png" for path in jpegs]
+def absent_pictures(root: Path, rows: Iterable[Iterable[str]]) -> list[str]:
+    """Of each row of ids that lacks a picture, the first that is not there."""
+    return absent(root, ([f"images/{name}" for name in row] for row in rows), (".png", ".jpg"))
 
 
 def read_pool(file: Path) -> list[str]:
@@ -236,19 +233,22 @@ def read_captions(file: Path) -> list[dict]:
 def read_jsonl_captions(file: Path) -> dict[str, str]:
     """Picture id -> caption on one line, from lines {"image": path or id, "caption", ...}; of several styles fashioniq-cap.
 
-    Raises UserError, naming file and line, if a line is not as it should be, or two caption a picture in one style.
+    An empty caption, when the LLM had nothing to say, is none. Raises UserError, naming file and line, if a line is not as
+    it should be, or two caption a picture in one style.
     """
     found: dict[str, dict[str, str]] = {}
-    for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for i, line in enumerate(read_lines(file), 1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: line {i} is not whole JSON ({error})") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in FIELDS[:2]):
             raise UserError(f"{file}: line {i} has not the texts image, caption: {line[:100]}")
         name, caption = Path(row["image"]).stem, " ".join(row["caption"].replace("**", "").split())
-        if not caption or not name:
-            raise UserError(f"{file}: line {i} has an empty caption or image: {line[:100]}")
+        if not name:
+            raise UserError(f"{file}: line {i} has an empty image: {line[:100]}")
+        if not caption:
+            continue
         styles = found.setdefault(name, {})
         if row.get("style") in styles:
             raise UserError(f"{file}: line {i} captions {name} a second time")

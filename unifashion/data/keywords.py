@@ -190,6 +190,8 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         if args.picture:
             check_png_path(args.picture)
+        if args.out.is_dir() or not args.out.parent.is_dir():
+            raise UserError(f"--out {args.out}: must be a file in a folder that exists")
         captions = training_captions(args.data, (args.category,) if args.category else CATEGORIES)
         found = key_words(captions)[: args.top]
         if not found:

@@ -7,7 +7,7 @@ import numpy as np
 from unifashion import UserError
 from unifashion.data import absent, read_json
 from unifashion.data.mgd_mask import VITONHD as RULES
-from unifashion.data.mgd_mask import check_joints, masked
+from unifashion.data.mgd_mask import check_joints, read_mask
 from unifashion.data.vitonhd import FOLDERS, VITONHD
 
 
@@ -15,8 +15,8 @@ class MGD:
     """Items of `VITONHD` and {"sketch": L, bright edges on black, "text": the cloth's three noun chunks, ", "-joined}.
 
     The sketch is UniFashion's in-shop one where `{split}/cloth-sketch/` exists, else MGD's on the person:
-    `im_sketch/<person>.png` when paired, `im_sketch_unpaired/<person>_<cloth>.png` otherwise. Mask and agnostic picture are
-    VITON-HD's; in a folder without `agnostic-mask/` they are MGD's, of `image-parse-v3/` and `openpose_json/`.
+    `im_sketch/<person>.png` when paired, `im_sketch_unpaired/<person>_<cloth>.png` otherwise. The mask is VITON-HD's; in a
+    folder without `agnostic-mask/` it is MGD's, of `image-parse-v3/` and `openpose_json/`.
     `pairs` and `products` are VITON-HD's. Raises UserError if captions or sketches are missing.
     """
 
@@ -50,7 +50,7 @@ class MGD:
         if self.own_mask:
             labels, joints = (self.photos.folder / path for path in self.mask_sources(person))
             size = item["person"].size[::-1]
-            item |= masked(item["person"], labels, read_openpose(joints), size, RULES)
+            item["mask"] = read_mask(item["person"], labels, read_openpose(joints), size, RULES)
         sketch = self.photos.open(self.sketch_of(person, cloth), "L")
         return {**item, "sketch": sketch, "text": ", ".join(self.captions[cloth[:5]])}
 
@@ -65,12 +65,14 @@ class MGD:
         return [f"image-parse-v3/{person}.png", f"openpose_json/{person}_keypoints.json"] * self.own_mask
 
     def missing(self) -> list[str]:
-        """The files that the pairs name and that are not there, relative to the root: photos, then sketches and the rest."""
-        others = [[self.sketch_of(*pair), *self.mask_sources(pair[0])] for pair in self.pairs]
+        """Of each pair that lacks a file, the first that is not there, relative to the root."""
+
+        def files(person: str, cloth: str) -> list[str]:
+            photos = self.photos.paths(person, cloth).values()
+            return [*photos, self.sketch_of(person, cloth), *self.mask_sources(person)]
+
         split = self.photos.folder.name
-        return self.photos.missing() + absent(
-            self.photos.root, (f"{split}/{path}" for p in others for path in p)
-        )
+        return absent(self.photos.root, ([f"{split}/{p}" for p in files(*pair)] for pair in self.pairs))
 
 
 def read_chunks(file: Path) -> dict[str, list[str]]:

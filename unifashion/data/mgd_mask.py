@@ -15,7 +15,6 @@ from unifashion import UserError
 from unifashion.data import open_image
 
 SIZE = (512, 384)  # (h,w) at which MGD makes it
-GREY = (128, 128, 128)  # of the hole, as in VITON-HD's agnostic pictures
 ARMS = (14, 15)  # left, right: the same in both tables
 # Joints among OpenPose's BODY25 and its older 18 alike: right, left
 SHOULDERS, ELBOWS, WRISTS = (2, 5), (3, 6), (4, 7)
@@ -118,18 +117,17 @@ def mgd_masks(
     return Masks(box & ~fixed, region, hands)
 
 
-def masked(
+def read_mask(
     person: Image.Image, labels: Path, joints: np.ndarray, frame: tuple[int, int], rules: Rules
-) -> dict[str, Image.Image]:
-    """{"mask": L, 255 = repaint, "agnostic": RGB, the person with a grey hole}, of the person's size.
+) -> Image.Image:
+    """L, 255 = repaint, of the person's size.
 
     Raises UserError if the picture of labels is damaged or shows nothing to repaint.
     """
     repaint = mgd_masks(open_image(labels, "P"), joints, frame, rules).repaint
     if not repaint.any():
         raise UserError(f"{labels}: no garment and no arms to repaint")
-    mask = Image.fromarray(repaint.astype(np.uint8) * 255).resize(person.size, Image.Resampling.NEAREST)
-    return {"mask": mask, "agnostic": Image.composite(Image.new("RGB", person.size, GREY), person, mask)}
+    return Image.fromarray(repaint.astype(np.uint8) * 255).resize(person.size, Image.Resampling.NEAREST)
 
 
 def check_joints(file: Path, joints) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What ToyFashion says about a garment in the manners of five data sets, and what a text says.
+"""What ToyFashion says about a garment in the manners of four data sets, and what a text says.
 
 Fashion200K, MGD (in Fashion200K's words), FashionGen and Fashion-IQ-Cap: each manner has its own words and word orders,
 several for each attribute value (`WORDS`). `named` reads the same tables backwards: it finds what a caption claims,

@@ -39,6 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unifashion import Parser, UserError
+from unifashion.data import read_json
 from unifashion.data.body import Person, draw_pose
 from unifashion.data.cloth import PALETTE, Garment, draw_product, draw_sketch
 from unifashion.data.figure import draw_person
@@ -197,7 +198,7 @@ def ensure(
     settings = {"version": VERSION, "seed": seed, "difficulty": difficulty, "counts": counts}
     settings["size"] = list(size)
     if (root / "toy.json").is_file():
-        found = json.loads((root / "toy.json").read_text())
+        found = read_json(root / "toy.json")
         if found == settings:
             add_parts(root, quiet, workers)
             return root
@@ -229,9 +230,13 @@ def ensure(
         write_tables(temporary, rows)
         (temporary / "toy.json").write_text(json.dumps(settings))
         add_parts(temporary, quiet, workers)
-        if root.exists():
-            root.rmdir()
-        temporary.rename(root)
+        try:
+            if root.exists():
+                root.rmdir()
+            temporary.rename(root)
+        except OSError:  # another process was faster, as under torchrun
+            if not (root / "toy.json").is_file():
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return root
@@ -253,8 +258,8 @@ def main() -> None:
     try:
         args = vars(parser.parse_args())
         print(f"ToyFashion version {VERSION} is in {ensure(args.pop('out'), **args)}")
-    except UserError as error:
-        print(error, file=sys.stderr)
+    except (UserError, OSError) as error:  # a full disk
+        print("unifashion.data.toy:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

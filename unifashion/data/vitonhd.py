@@ -1,18 +1,21 @@
-"""VITON-HD in its original form: `{split}_pairs.txt` and `{split}/{image,agnostic-v3.2,agnostic-mask,...}`."""
+"""VITON-HD in its original form: `{split}_pairs.txt` and `{split}/{image,agnostic-mask,image-densepose,cloth}`.
+
+Its agnostic-v3.2, the persons with a grey hole, are not read: `tryon.person_tensors` cuts the hole that the mask says.
+"""
 
 from pathlib import Path
 
 from PIL import Image
 
 from unifashion import UserError
-from unifashion.data import absent, open_image, refuse_repeated
+from unifashion.data import absent, open_image, read_lines, refuse_repeated
 
-FOLDERS = ("image", "agnostic-v3.2", "agnostic-mask", "image-densepose", "cloth")
+FOLDERS = ("image", "agnostic-mask", "image-densepose", "cloth")
 
 
 def read_pairs(file: Path) -> list[tuple[str, str]]:
     """The ids of a pair list's lines, "person.jpg cloth.jpg". Raises UserError for another line, or a person who is there twice."""
-    rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [line.split() for line in read_lines(file)]
     broken = next((row for row in rows if len(row) != 2), None)
     if broken:
         raise UserError(f"{file}: a line is not 'person.jpg cloth.jpg': {' '.join(broken)}")
@@ -21,12 +24,12 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
 
 
 class VITONHD:
-    """Items of PIL images, all of one size: {"person_id", "cloth_id", "person", "agnostic", "mask", "pose", "cloth"}.
+    """Items of PIL images: {"person_id", "cloth_id", "person", "mask", "pose", "cloth"}.
 
     Ids are file names without suffix ("00000_00"). The mask is L, 255 = repaint, 0 = keep (VITON-HD's sense, the
     opposite of the network's keep mask). paired: the person's own cloth (the first column of the pair list); else the
     second column. `pairs` has the ids of person and cloth of each item, `products` those of the cloth. Raises UserError if
-    files of the layout are missing.
+    files of the layout are missing, and for an item whose mask is of another size than its person.
 
     folders: those that are read; of what is in others items have nothing.
     """
@@ -57,6 +60,8 @@ class VITONHD:
         item |= {key: self.open(path, "L" if key == "mask" else "RGB") for key, path in paths.items()}
         if "mask" in item:
             item["mask"] = item["mask"].point(lambda grey: 255 * (grey >= 128))
+            if (mask := item["mask"].size) != (size := item["person"].size):
+                raise UserError(f"{self.folder / paths['mask']}: is of {mask} pixels, its person of {size}")
         return item
 
     def open(self, path: str, mode: str = "RGB") -> Image.Image:
@@ -66,7 +71,6 @@ class VITONHD:
         """Where an item's pictures are, relative to the split's folder."""
         every = {
             "person": f"image/{person}.jpg",
-            "agnostic": f"agnostic-v3.2/{person}.jpg",
             "mask": f"agnostic-mask/{person}_mask.png",
             "pose": f"image-densepose/{person}.jpg",
             "cloth": f"cloth/{cloth}.jpg",
@@ -74,6 +78,8 @@ class VITONHD:
         return {key: path for key, path in every.items() if path.split("/")[0] in self.folders}
 
     def missing(self) -> list[str]:
-        """The pictures that the pairs name and that are not there, relative to the root."""
-        paths = (path for pair in self.pairs for path in self.paths(*pair).values())
-        return absent(self.root, (f"{self.folder.name}/{path}" for path in paths))
+        """Of each pair that lacks a picture, the first that is not there, relative to the root."""
+        split = self.folder.name
+        return absent(
+            self.root, ([f"{split}/{p}" for p in self.paths(*pair).values()] for pair in self.pairs)
+        )

@@ -201,6 +201,7 @@ def train(
     runs.start_run(out, {"part": part, "steps": steps, "batch": batch, "lr": lr}, args.resume)
     modules = sorted({name.split(".")[0] for name in parameters})
     state, stop = {"step": 0}, training.Stop()
+    stop.heed()
     if args.resume:
         state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, None)
     order = feed.batch_order(len(samples), batch, 0, state["step"], steps)

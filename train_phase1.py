@@ -126,6 +126,8 @@ def train(
     parallel.same(model.parameters() if fresh else ())
     if args.shard and parallel.world() > 1:
         parallel.shard(model.shards(), ("kv",))
+    if args.compile and draws:
+        training.compile_parts(device, model.unet)
     parameters = training.set_trainable(model, TRAINABLE[stage])
     training.train_mode(model, parameters)
     # A temperature that follows a large rate sharpens ITC until ITM's gradient is lost beside it. Soft prompts start as what
@@ -209,7 +211,7 @@ def train(
             row = {"lr": lr * rate, "norms": [round(n, 3) for n in norms.tolist()], "seconds": seconds}
             runs.log_line(out, step=step, **shown, **row)
         if evaluates:
-            with training.averaged(ema):
+            with training.averaged(ema), training.eagerly(args.compile):
                 val = evaluate()
             runs.save_evaluated(out, val, model, modules, optimizer, parameters, ema, state)
         elif leaves:

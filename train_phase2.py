@@ -74,7 +74,7 @@ DEFAULTS = {
         "tryon": {"batch_size": 32, "lr": 1e-4, "epochs": None, "steps": 360_000},
     },
     "tiny": {
-        "retrieval": {"batch_size": 64, "lr": 3e-4, "epochs": None, "steps": 1500},
+        "retrieval": {"batch_size": 64, "lr": 3e-4, "epochs": None, "steps": 700},
         "cir": {"batch_size": 32, "lr": 3e-4, "epochs": None, "steps": 2400},
         "caption": {"batch_size": 32, "lr": 3e-4, "epochs": None, "steps": 3000},
         "tryon": {"batch_size": 16, "lr": 1e-3, "epochs": None, "steps": 25_000},
@@ -173,6 +173,8 @@ def train(args: argparse.Namespace) -> bool:
     if args.shard and parallel.world() > 1:
         parallel.shard(model.shards(), ("kv",))
 
+    if args.compile and draws:
+        training.compile_parts(device, model.unet, model.garment)
     table = {t: [p for p in TRAINABLE[t] if not (args.freeze_diffusion and p == "unet.*")] for t in tasks}
     parameters = training.set_trainable(model, sorted({p for t in tasks for p in table[t]}))
     training.train_mode(model, parameters)
@@ -291,7 +293,7 @@ def train(args: argparse.Namespace) -> bool:
                 out, step=step, **row, lr=rate, norms=[round(n, 3) for n in norms.tolist()], seconds=seconds
             )
         if evaluates:
-            with training.averaged(ema):
+            with training.averaged(ema), training.eagerly(args.compile):
                 val = evaluate()
             runs.save_evaluated(out, val, model, modules, optimizer, parameters, ema, state)
         elif leaves:

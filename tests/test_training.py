@@ -443,6 +443,27 @@ def test_only_in_bfloat16_on_a_cpu_is_attention_plain(device, dtype, fused):
     assert torch.backends.cuda.flash_sdp_enabled() == fused
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["1 generate", "2 tryon"])
+def test_compiled_a_run_learns_the_same_and_goes_on_without(what, place):
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        run(what, place, name, 2, "--eval-every", "1", *flags)
+    for one, other in zip(*(metrics(place / name) for name in ("plain", "compiled")), strict=True):
+        assert one.keys() == other.keys()
+        told = [k for k in one if k.split()[-1] in ("q2I", "val")]
+        assert all(one[k] == pytest.approx(other[k], abs=1e-3) for k in told), (one, other)
+    assert learned(place / "plain").keys() == learned(place / "compiled").keys()
+    run(what, place, "compiled", 3, "--resume", "--steps", "3")
+    assert state(place / "compiled")["step"] == 3
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(UserError, match="--compile needs a C.. compiler where there is no GPU: install g"):
+        training.compile_parts(torch.device("cpu"), torch.nn.Linear(1, 1))
+    training.compile_parts(torch.device("cuda"), torch.nn.Linear(1, 1))
+
+
 @pytest.mark.parametrize(
     ("flags", "samples", "steps"),
     [

@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "init",
     "weights",
     "device",
+    "compile",
     "workers",
     "shard",
     "allow_missing",

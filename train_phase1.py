@@ -173,7 +173,8 @@ def train(
         return float(parallel.mean(torch.stack(values)).mean())
 
     order = feed.batch_order(len(train_set), size, args.seed, state["step"] * accumulate, steps * accumulate)
-    feeder = stream(train_set, order, {} if args.cache else None)
+    keeps = args.cache and feed.come_again(steps * accumulate * size, len(train_set))
+    feeder = stream(train_set, order, {} if keeps else None)
     watch = runs.Watch(out, {stage: names(data)}, device)
     stop.heed()
     bar = tqdm(

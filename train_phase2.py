@@ -247,7 +247,8 @@ def train(args: argparse.Namespace) -> bool:
     for task in tasks:
         first, last = mix.done[task] * accumulate, steps[task] * accumulate
         order = feed.batch_order(len(train_set[task]), size[task], args.seed, first, last)
-        feeders[task] = stream(task, train_set[task], order, {} if args.cache else None)
+        keeps = args.cache and feed.come_again(last * size[task], len(train_set[task]))
+        feeders[task] = stream(task, train_set[task], order, {} if keeps else None)
     stop, watch = training.Stop(), runs.Watch(out, told, device)
     stop.heed()
     bar = tqdm(

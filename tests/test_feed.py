@@ -87,6 +87,16 @@ def test_what_is_cached_is_read_once_in_groups_that_do_not_depend_on_the_order(p
     assert encoded == [list(range(16, 32))]
 
 
+@pytest.mark.parametrize(("steps", "cached"), [(2, False), (60, True)])
+def test_samples_are_kept_where_they_come_again(steps, cached, place, monkeypatch):
+    keeps = []
+    batches = feed.batches
+    monkeypatch.setattr(feed, "batches", lambda *args: (keeps.append(args[3] is not None), batches(*args))[1])
+    monkeypatch.setattr(feed, "GROUP", 4)
+    run("2 tryon", place, "run", steps, "--cache")
+    assert keeps[0] is cached and all(keeps[1:])  # first what is learned from, then what is held out
+
+
 def test_what_is_looked_at_on_the_cpu_stays_there(place):
     part, encode = task_of("tryon", place)
     batch = next(

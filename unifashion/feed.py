@@ -130,6 +130,11 @@ def _heedless(_: int) -> None:
     signal.signal(signal.SIGTERM, once)
 
 
+def come_again(draws: int, samples: int) -> bool:
+    """Whether a cache is worth its while: it encodes whole groups, and so soon all samples, though few may be drawn."""
+    return draws > samples
+
+
 HERE = ("index", "odds")  # what is looked at on the CPU: to fetch it from the device would wait for it
 
 

@@ -54,7 +54,7 @@ def common_arguments(parser: argparse.ArgumentParser, defaults: dict[str, dict[s
     g.add_argument(
         "--cache",
         action="store_true",
-        help="keep the frozen networks' output of every sample in memory, in float16; --workers has then nothing to do",
+        help="where samples come more than once, keep what the frozen networks say of them in memory, in float16",
     )
     g.add_argument(
         "--shard",

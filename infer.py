@@ -280,6 +280,9 @@ def read_inputs(
             raise UserError("--text is empty: say what the garment is like, or leave it out")
         if words.is_cut(text, cfg.qformer.max_text) or blip_caption(text) != text:
             notes.append(f"--text is too long: the model reads its first {cfg.qformer.max_text - 2} tokens")
+        cut = {w: any(t[:2] == "##" or t == "[UNK]" for t in words.tokenize(w)) for w in text.split()}
+        if args.preset == "tiny" and any(cut.values()):
+            notes.append(f"tiny does not know the words {', '.join(w for w in cut if cut[w])}")
         inputs["ids"], inputs["text_mask"] = words.encode([blip_caption(text)], cfg.qformer.max_text)
     return inputs
 

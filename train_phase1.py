@@ -72,6 +72,8 @@ def train(
     runs.check_out(out, resume)
     before = runs.asked_before(out, resume)
     init = init or before.get("init")
+    if not runs.has_checkpoint(out) and init:
+        runs.model_file(Path(init))  # complains before gigabytes are read
     size, accumulate = hparams["batch_size"], args.accumulate
     if stage == "align" and size < 2:
         raise UserError("--batch-size is 1: align finds a picture's wrong texts in its batch, 2 at least")
@@ -79,6 +81,7 @@ def train(
 
     writes, draws = stage == "caption", stage == "generate"
     cfg = PRESETS[args.preset]
+    # data
     words = (llm_tokenizer if writes else tokenizer)(args.preset, args.weights)
     data = open_data(args.data, TEXTS, args.allow_missing)
     samples = Answers(data, cfg, words) if writes else Pairs(data, cfg, words, draws)
@@ -89,6 +92,7 @@ def train(
     steps = training.planned_steps(args, hparams, len(train_set), before)
     few = parallel.few(size, len(val_set))
 
+    # model
     torch.manual_seed(args.seed)  # what no file holds starts random
     llm_dtype = training.compute_dtype(device, args.dtype)  # what is frozen needs no float32
     model = load_public(args.preset, args.weights, device, draws=draws, writes=writes, llm_dtype=llm_dtype)
@@ -128,6 +132,7 @@ def train(
         parallel.shard(model.shards(), ("kv",))
     if args.compile and draws:
         training.compile_parts(device, model.unet)
+    # what learns, and how fast
     parameters = training.set_trainable(model, TRAINABLE[stage])
     training.train_mode(model, parameters)
     # A temperature that follows a large rate sharpens ITC until ITM's gradient is lost beside it. Soft prompts start as what
@@ -173,6 +178,7 @@ def train(
         return float(parallel.mean(torch.stack(values)).mean())
 
     order = feed.batch_order(len(train_set), size, args.seed, state["step"] * accumulate, steps * accumulate)
+    # the loop
     keeps = args.cache and feed.come_again(steps * accumulate * size, len(train_set))
     feeder = stream(train_set, order, {} if keeps else None)
     watch = runs.Watch(out, {stage: names(data)}, device)

@@ -65,7 +65,7 @@ ADAMW = {
     "draws": {"weight_decay": 0.01, "betas": (0.9, 0.999)},
 }
 WARMUP = 0.05  # of the Q-Former's cosine
-# lr is the Q-Former's, of tryon that of what draws. Epochs and batches are the official code's, of tryon the paper's.
+# lr (--lr, too) is the Q-Former's, of tryon that of what draws: there the Q-Former has cir's. Epochs and batches are the official code's, of tryon the paper's.
 DEFAULTS = {
     "full": {
         "retrieval": {"batch_size": 128, "lr": 2e-5, "epochs": 10, "steps": None},
@@ -104,6 +104,8 @@ def train(args: argparse.Namespace) -> bool:
     runs.check_out(out, args.resume)
     before = runs.asked_before(out, args.resume)
     init = args.init or before.get("init")
+    if not runs.has_checkpoint(out) and init:
+        runs.model_file(Path(init))  # complains before gigabytes are read
     data = open_tasks(args)
     tasks, accumulate = list(data), args.accumulate
     hparams = {
@@ -120,6 +122,7 @@ def train(args: argparse.Namespace) -> bool:
             raise UserError(f"--batch-size is 1: {task} compares the samples of a batch, 2 at least")
     b = {t: parallel.share(size[t]) for t in tasks}
 
+    # data
     writes = "caption" in tasks or ("cir" in tasks and "itg" not in args.without)
     draws = "tryon" in tasks or ("cir" in tasks and "q2i" not in args.without)
     words = tokenizer(args.preset, args.weights)
@@ -136,6 +139,7 @@ def train(args: argparse.Namespace) -> bool:
         few[task] = parallel.few(size[task], len(val_set[task]))
     total = sum(steps.values())
 
+    # model
     torch.manual_seed(args.seed)
     llm_dtype = training.compute_dtype(device, args.dtype)  # what is frozen needs no float32
     model = load_public(args.preset, args.weights, device, draws=draws, writes=writes, llm_dtype=llm_dtype)
@@ -169,12 +173,15 @@ def train(args: argparse.Namespace) -> bool:
         "company": company(args.preset, args.weights),
     }
     runs.start_run(out, config, args.resume)
+    if fresh and parallel.rank() == 0:
+        tqdm.write(f"{', '.join(modules)} go on from {init}", file=sys.stderr)
     parallel.same(model.parameters() if fresh else ())
     if args.shard and parallel.world() > 1:
         parallel.shard(model.shards(), ("kv",))
 
     if args.compile and draws:
         training.compile_parts(device, model.unet, model.garment)
+    # what learns, and how fast
     table = {t: [p for p in TRAINABLE[t] if not (args.freeze_diffusion and p == "unet.*")] for t in tasks}
     parameters = training.set_trainable(model, sorted({p for t in tasks for p in table[t]}))
     training.train_mode(model, parameters)
@@ -240,6 +247,7 @@ def train(args: argparse.Namespace) -> bool:
         training.train_mode(model, parameters)
         return math.exp(sum(map(math.log, values)) / len(values))
 
+    # the loop
     mix = Mix(steps)
     for _ in range(state["step"]):
         mix.next()
@@ -289,9 +297,9 @@ def train(args: argparse.Namespace) -> bool:
             watch.check()
             seconds = round((time.perf_counter() - clock) / (step + 1 - logged), 3)
             logged, shown = step + 1, {}
-            rate = optimizer.param_groups[0]["lr"]
+            rates = {"lr": optimizer.param_groups[0]["lr"], "lr draws": lr["draws"]}
             runs.log_line(
-                out, step=step, **row, lr=rate, norms=[round(n, 3) for n in norms.tolist()], seconds=seconds
+                out, step=step, **row, **rates, norms=[round(n, 3) for n in norms.tolist()], seconds=seconds
             )
         if evaluates:
             with training.averaged(ema), training.eagerly(args.compile):

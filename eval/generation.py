@@ -51,7 +51,7 @@ from unifashion.model import UniFashion
 from unifashion.preprocess import check_png_path, paste, to_uint8, unet_image
 from unifashion.tokenizers import WordPiece, blip_caption
 from unifashion.tryon import garment_tensors, person_tensors
-from weights.load import load_unifashion, tokenizer
+from weights.load import learned_file, load_unifashion, sha256, tokenizer
 
 CONDITIONS = ("cloth", "sketch+text")
 MAIN = ("colour", "attributes", "IoU", "PSNR")
@@ -377,6 +377,7 @@ def main(argv: list[str] | None = None) -> None:
         "device": device.type,
         "torch": torch.__version__,
         "qformer sha256": qformer_hash(model),
+        "model sha256": sha256(learned_file(args.preset, args.weights)),
         "palette rule on the truth": on_truth["colour"],
         "judge on the truth": {"fingerprint": judge_key, **{k: on_truth[k] for k in (*ATTRIBUTES, "IoU")}},
         "seconds": round(time.perf_counter() - began, 1),

@@ -255,6 +255,14 @@ def test_every_preset_and_sampler_there_is_can_be_asked_for():
             infer.parse(["tryon", "--person", "p", "--cloth", "c", "--out", "o", flag, name])
 
 
+def test_words_that_tiny_never_read_are_told(room: Path, capsys: pytest.CaptureFixture):
+    assert tryon(room, "--text", "a red zebra-dress", out="zebra.png", quiet=False) == 0
+    assert "tiny does not know the words" in (told := capsys.readouterr().err) and "zebra-dress" in told
+    known = [w for w in load.tokenizer("tiny", room / "weights").tokens if w.isalpha() and len(w) > 2][:2]
+    assert tryon(room, "--text", "-".join(known), out="known.png", quiet=False) == 0
+    assert "does not know" not in capsys.readouterr().err
+
+
 def test_a_text_that_is_too_long_is_cut_and_the_user_told(room: Path, capsys: pytest.CaptureFixture):
     assert tryon(room, "--text", "red dress " * 5000, out="long.png", quiet=False) == 0
     assert "note: --text is too long: the model reads its first 10 tokens" in capsys.readouterr().err

@@ -258,6 +258,31 @@ def test_a_signal_to_the_whole_group_is_for_the_process_that_trains(place):
     assert "stopped, run is saved" in (place / "told").read_text() and state(place / "run")["step"] > 0
 
 
+@pytest.mark.parametrize("error", ["UserError", "AssertionError"])
+def test_an_error_in_a_process_that_reads_ends_the_run(error, place):
+    """Where these processes heed no first SIGTERM, Python would wait for them for ever."""
+    place.joinpath("go.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import pytest, train_phase1, unifashion; from pathlib import Path\n"
+        "from tests.small_runs import arguments, shrink; from unifashion import samples, training\n"
+        "patch = pytest.MonkeyPatch(); shrink(patch)\n"
+        "def fails(*_): raise getattr(unifashion, 'UserError', None)('no picture') if "
+        f"{error == 'UserError'} else AssertionError('a bug')\n"
+        "samples.Pairs.__getitem__ = fails\n"
+        "training.run(lambda: train_phase1.main(arguments('1 align', Path('.'), 'run', '--workers', '3')))\n"
+    )
+    done = subprocess.run([sys.executable, "go.py"], cwd=place, capture_output=True, text=True, timeout=100)
+    assert done.returncode == (2 if error == "UserError" else 1), done.stderr
+    assert "no picture" in done.stderr if error == "UserError" else "a bug" in done.stderr
+
+
+def test_a_mistyped_init_is_told_before_a_model_is_loaded(place, monkeypatch):
+    for module, what in ((train_phase1, "1 align"), (train_phase2, "2 cir")):
+        monkeypatch.setattr(module, "load_public", lambda *_, **__: pytest.fail("loaded"))
+        with pytest.raises(UserError, match="nowhere is neither a run folder nor"):
+            module.main(arguments(what, place, "run", "--init", "nowhere"))
+
+
 def test_stopped_before_its_first_step_it_says_so_in_one_line(capsys):
     def main() -> None:
         raise KeyboardInterrupt
@@ -724,6 +749,11 @@ def test_only_a_run_with_the_shipped_frozen_files_is_shipped_with_the_curves_of_
     with pytest.raises(UserError, match="holds no (garment|text_adapter): its training is not finished"):
         pretrain.main(["ship", "--init", str(place / "mute")])
     assert (weights / "model.safetensors").read_bytes() == shipped
+    told = (place / "b/last/state.json").read_text()
+    (place / "b/last/state.json").write_text(told.replace('"step": 1', '"step": 0'))
+    with pytest.raises(UserError, match="was stopped at step 0 of 1: --resume goes on"):
+        pretrain.main(["ship", "--init", str(place / "b")])
+    (place / "b/last/state.json").write_text(told)
     (place / "a").rename(place / "gone")
     pretrain.main(["ship", "--init", str(place / "b")])
     assert drawn[-1] == ["b"]

@@ -1,6 +1,7 @@
 """UniFashion from scratch: one fashion model for retrieval, captions, try-on and design (arXiv 2408.11305)."""
 
 import argparse
+import sys
 from typing import NoReturn
 
 
@@ -12,6 +13,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, but flags are written out, and its complaint is one line like every other, without the usage before it."""
 
     def __init__(self, **kwargs) -> None:
+        if spec := getattr(sys.modules["__main__"], "__spec__", None):  # as Python does it from 3.14 on
+            kwargs.setdefault("prog", f"python -m {spec.name}")
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:

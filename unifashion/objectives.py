@@ -7,7 +7,8 @@ composed   reference + modification text -> target         Eq. 9-13
 tryon      q2I: a person in a garment                      Eq. 7, Fig. 3
 
 Each has an `encode_...`, the frozen half, whose output may be kept (`feed.batches`), and a function -> {name: loss}. Where the
-Q-Former learns, a batch has "features" of the ViT; where it is frozen, "z". `lots` is what is drawn by lot for the batch,
+Q-Former learns, a batch has "features" of the ViT, before ln_vision (which learns, too: `seen` is what comes after it); where it
+is frozen, "z". `lots` is what is drawn by lot for the batch,
 `progress` 0 to 1 how far the run is. Several processes each have their share of the batch: losses that compare samples gather.
 """
 

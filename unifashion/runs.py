@@ -1,7 +1,7 @@
 """The run folder: what a training leaves behind, and starts again from.
 
 RUN/config.json     what was asked
-RUN/metrics.jsonl   one line a log step: the losses, lr, norms of their gradients, seconds per step; val
+RUN/metrics.jsonl   one line a log step, counted from 0: the losses, lr, norms of their gradients, seconds per step; val
 RUN/samples/        pictures and captions
 RUN/losses.png      the curves of metrics.jsonl
 RUN/skipped.txt     samples that could not be read, and why; in phase 2 skipped.TASK.txt
@@ -276,7 +276,8 @@ class Watch:
 
 
 def diverged(out: Path, name: str, value: float, step: int) -> str:
-    return f"{name} is {value} at step {step}: the run diverged. {out}/last is from before; a lower --lr may help"
+    before = f" {out}/last is from before;" * has_checkpoint(out)
+    return f"{name} is {value} at step {step}: the run diverged.{before} a lower --lr may help"
 
 
 def has_checkpoint(out: Path) -> bool:

@@ -27,7 +27,7 @@ def image_embeddings(model: UniFashion, pictures: Tensor) -> Tensor:
 
 
 def text_embeddings(model: UniFashion, ids: Tensor, mask: Tensor) -> Tensor:
-    """ids (b,t) and mask (b,t), from `WordPiece.encode` -> unit vectors (b,256)."""
+    """ids (b,t) and mask (b,t), from `WordPiece.encode` of `tokenizers.blip_caption`'s texts -> unit vectors (b,256)."""
     _, text = model.qformer(ids=ids, mask=mask)
     return model.qformer.embed_text(text)
 

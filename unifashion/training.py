@@ -9,6 +9,7 @@ import ctypes
 import errno
 import hashlib
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -49,7 +50,10 @@ def common_arguments(parser: argparse.ArgumentParser, defaults: dict[str, dict[s
         "--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="autocast; auto: bf16 on CUDA"
     )
     g.add_argument(
-        "--workers", type=int, default=4, help="processes that read pictures (default %(default)s)"
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that read pictures (default 4, or as many as there are cores)",
     )
     g.add_argument(
         "--cache",
@@ -81,9 +85,12 @@ def common_arguments(parser: argparse.ArgumentParser, defaults: dict[str, dict[s
         default=1,
         help="batches per optimiser step, the gradient of each clipped on its own (default %(default)s)",
     )
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--seed", type=int, default=0, help="default %(default)s")
     g.add_argument(
-        "--eval-every", type=int, default=500, help="steps between evaluations, each of which saves"
+        "--eval-every",
+        type=int,
+        default=500,
+        help="steps between evaluations, each of which saves (default %(default)s)",
     )
 
 
@@ -123,7 +130,10 @@ def toy_folder(path: Path) -> Path:
     """The ToyFashion at `path`, whatever its settings; in data/toy, version 1 is drawn if there is none."""
     if not (path / "toy.json").is_file() and path != Path("data/toy"):
         raise UserError(f"{path} holds no ToyFashion: python -m unifashion.data.toy --out {path} draws it")
-    return path if (path / "toy.json").is_file() else toy.ensure(path)
+    if not (path / "toy.json").is_file():
+        print(f"{path} is not there: drawing ToyFashion, minutes of both cores, once", file=sys.stderr)
+        toy.ensure(path)
+    return path
 
 
 def pick_device(name: str) -> torch.device:
@@ -174,6 +184,11 @@ def run(main: Callable[[], None]) -> None:
         print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
         sys.exit(130)
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of what follows
+        for reader in (
+            multiprocessing.active_children()
+        ):  # of Python's one SIGTERM they take no heed (`feed._heedless`)
+            reader.kill()
         parallel.leave()
 
 

@@ -169,7 +169,7 @@ def write(found: list[tuple[str, int]], out: Path) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = Parser(prog="python -m unifashion.data.keywords", description=__doc__)
+    p = Parser(description=__doc__)
     p.add_argument(
         "--data", type=Path, required=True, metavar="PATH", help="Fashion-IQ's folder, with captions/"
     )

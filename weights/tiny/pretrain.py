@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from unifashion import Parser, UserError, feed, runs, sheets, training
 from unifashion.config import TINY
-from unifashion.data import open_image, toy
+from unifashion.data import open_image, read_json, toy
 from unifashion.data.fashion200k import Fashion200K
 from unifashion.data.fashiongen import FashionGen
 from unifashion.data.fashioniq import FashionIQ
@@ -296,15 +296,21 @@ def write_words() -> None:
 
 
 def _read_config(run: Path) -> dict:
-    return json.loads((run / "config.json").read_text())
+    return read_json(run / "config.json")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("part", choices=["vocab", "words", "vae", "vit", "llama", "ship"])
     parser.add_argument("--data", type=Path, default=Path("data/toy"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--init", type=Path, default=Path("runs/phase2"), help="the run to ship")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="run folder, for checkpoints (default runs/PART); the result goes to weights/tiny",
+    )
+    parser.add_argument(
+        "--init", type=Path, default=Path("runs/phase2"), help="the run to ship (default %(default)s)"
+    )
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch-size", type=int)
@@ -316,9 +322,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.part == "ship":
         best = args.init / "best" / "model.safetensors"
         if not best.is_file():
-            raise UserError(f"{best} is missing: --init wants the folder of the last run")
+            raise UserError(
+                f"{best} is missing: --init wants the folder of the last run, after an evaluation"
+            )
         beside = company("tiny", HERE)
         config = _read_config(args.init)
+        if (done := read_json(args.init / "last/state.json")["step"]) < config["steps"]:
+            raise UserError(f"{args.init} was stopped at step {done} of {config['steps']}: --resume goes on")
         for name, digest in beside.items():
             if config["company"].get(name) != digest:
                 raise UserError(f"{args.init} was trained with another {name} than {HERE / name}")

@@ -198,7 +198,7 @@ def copied(captions: list[list[str]], asks: list[list[str]], targets: np.ndarray
 
 
 def runs_of(text: list[str]) -> set[tuple[str, ...]]:
-    return set(zip(*(text[i:] for i in range(RUN)), strict=False))
+    return {tuple(text[i : i + RUN]) for i in range(len(text) - RUN + 1)}
 
 
 def surely(hits: np.ndarray, z: float = 1.96) -> float:

@@ -109,6 +109,10 @@ def train(
     files = company(args.preset, args.weights)
     config = {**vars(args), **hparams, "stage": stage, "steps": steps, "init": init, "company": files}
     config["samples"] = len(train_set)
+    if (
+        args.stage == "all" and not fresh
+    ):  # not asked: it is where the stage before lies, which may have moved
+        config["init"] = before.get("init")
     runs.start_run(out, config, resume)
 
     def stream(part: Dataset, order: Iterator[list[int]], cache: dict | None = None) -> Iterator[dict]:

@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -130,7 +131,15 @@ def test_what_is_asked_of_a_run_that_goes_on_is_what_was_asked_before(place):
         run("2 tryon", place, "run", 3, "--resume")
     with pytest.raises(UserError, match="has done 2 steps already, more than the 1 of --steps"):
         run("1 generate", place, "run", 1, "--resume", "--steps", "1")
+    with pytest.raises(
+        UserError, match="was started with init .*align.safetensors, not .*phase1.safetensors"
+    ):
+        run("1 generate", place, "run", 3, "--resume", "--init", str(place / "phase1.safetensors"))
     assert (place / "run/config.json").read_text() == config
+    (place / "run/config.json").write_text(re.sub('"samples": [0-9]+', '"samples": 7', config))
+    with pytest.raises(UserError, match="was started with 7 samples, now there are [0-9]+$"):
+        run("1 generate", place, "run", 3, "--resume")
+    (place / "run/config.json").write_text(config)
     with pytest.raises(UserError, match="nothing to resume"):
         run("1 align", place, "mistyped", 1, "--resume")
     assert not (place / "mistyped").exists()
@@ -231,6 +240,9 @@ def test_stopped_at_the_end_of_a_stage_the_next_does_not_begin(moment, place, mo
     assert "align is saved: --resume goes on" in capsys.readouterr().err
     train_phase1.main([*everything, "--resume"])
     assert [state(place / "all" / stage)["step"] for stage in PHASE1] == [1, 1, 1]
+    (place / "all").rename(place / "moved")
+    moved = [str(place / "moved") if a == str(place / "all") else a for a in everything]
+    train_phase1.main([*moved, "--resume"])  # done, wherever it lies
 
 
 def test_a_signal_to_the_whole_group_is_for_the_process_that_trains(place):

@@ -33,9 +33,11 @@ from tests.small_runs import (
     state,
     stopped_after,
 )
-from unifashion import UserError, feed, llama, lora, runs, sheets, training
+from unifashion import UserError, feed, llama, lora, parallel, runs, sheets, training
 from unifashion.config import FULL, PRESETS
+from unifashion.garment import GarmentEncoder
 from unifashion.model import UniFashion, start_adapter
+from unifashion.unet import UNet
 from weights.tiny import pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -493,6 +495,39 @@ def test_compiled_a_run_learns_the_same_and_goes_on_without(what, place):
     assert learned(place / "plain").keys() == learned(place / "compiled").keys()
     run(what, place, "compiled", 3, "--resume", "--steps", "3")
     assert state(place / "compiled")["step"] == 3
+
+
+@pytest.mark.parametrize("what", ["1 generate", "2 tryon"])
+def test_what_draws_is_compiled_and_evaluations_run_as_it_is_written(what, place, monkeypatch):
+    eagerly, asked, compiled = training.eagerly, [], []
+    monkeypatch.setattr(training, "eagerly", lambda flag: (asked.append(flag), eagerly(False))[1])
+    monkeypatch.setattr(training, "compile_parts", lambda _, *parts: compiled.extend(map(type, parts)))
+    run(what, place, "plain", 1)
+    assert not compiled and not any(asked)
+    run(what, place, "compiled", 1, "--compile")
+    assert compiled == ([UNet] if what == "1 generate" else [UNet, GarmentEncoder]) and asked[-1] is True
+    with eagerly(True):  # what is compiled is not even looked at
+        broken = torch.compile(lambda x: x + 1, backend=lambda *_: pytest.fail("compiled"))
+        assert broken(torch.ones(1)) == 2
+
+
+def test_what_starts_random_is_that_of_the_first_process(monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(parallel.dist, "broadcast", lambda x, source: x.fill_(5.0 + source))
+    layer = torch.nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+    parallel.same(layer.parameters())
+    assert all((p == 5).all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("what", ["1 generate", "2 tryon"])
+def test_a_fresh_run_starts_from_the_first_process_and_a_resumed_one_from_its_checkpoint(
+    what, place, monkeypatch
+):
+    sent = []
+    monkeypatch.setattr(parallel, "same", lambda tensors: sent.append(len(list(tensors))))
+    run(what, place, "run", 1)
+    run(what, place, "run", 1, "--resume", "--steps", "2")
+    assert sent[0] > 100 and sent[1] == 0
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch):

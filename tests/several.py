@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor
 import train_phase1
 import train_phase2
 from tests import small_runs
-from unifashion import feed, parallel, runs, training
+from unifashion import UserError, feed, parallel, runs, training
 
 ROOT = Path(__file__).parent.parent
 Job = tuple[str, str, int, list[str], list[str]]
@@ -108,14 +109,27 @@ def again(patch: pytest.MonkeyPatch) -> None:
 
 
 def nan_in_the_second(patch: pytest.MonkeyPatch) -> None:
-    """Of the second process a loss is nan in the third step."""
-    see = runs.Watch.see
+    """Of the second process a loss is nan in the third step, and it is the first to leave the loop."""
+    see, check = runs.Watch.see, runs.Watch.check
 
     def seeing(watch, step, task, losses, index):
         bad = step == 2 and parallel.rank() == 1
         see(watch, step, task, {k: x * (float("nan") if bad else 1.0) for k, x in losses.items()}, index)
 
+    def checking(watch):
+        try:
+            check(watch)
+        except UserError:
+            time.sleep(1.5 * (parallel.rank() == 0))
+            raise
+
     patch.setattr(runs.Watch, "see", seeing)
+    patch.setattr(runs.Watch, "check", checking)
+
+
+def late(_: pytest.MonkeyPatch) -> None:
+    """Whoever has an error to tell takes a while to: to the end of this process, which outlives the patches."""
+    parallel.print = lambda *args, **kwargs: (time.sleep(1.5), print(*args, **kwargs))
 
 
 HOOKS = {
@@ -124,6 +138,7 @@ HOOKS = {
     "slowly": slowly,
     "again": again,
     "nan": nan_in_the_second,
+    "late": late,
     "half": lambda patch: None,  # stopped after half of its steps
 }
 

@@ -160,11 +160,12 @@ def room(made: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("flags", "hooks", "says"),
     [
+        (["--accumulate", "0"], ["late"], "--accumulate and --eval-every must be at least 1"),
         (["--batch-size", "3"], [], "a batch of 3 does not divide among 2 processes"),
         ([], [], "is in use by another process"),
         ([], ["nan"], "is nan at step 2: the run diverged. .*nan.1.json has its samples"),
     ],
-    ids=["batch", "lock", "nan"],
+    ids=["flag", "batch", "lock", "nan"],
 )
 def test_what_is_wrong_is_told_in_one_line_by_all_processes_together(flags, hooks, says, room):
     if says.startswith("is in use"):

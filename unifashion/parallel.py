@@ -12,7 +12,10 @@ DistributedDataParallel hides this behind one backward pass a step. Here each lo
 """
 
 import os
+import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -31,12 +34,19 @@ def join(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        global _notes
-        _notes, rank, world = next(dist.rendezvous("env://"))
+        meet()
         # Flags go over the CPU: to ask for them waits for no GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(backend, store=_notes, rank=rank, world_size=world)
     return device
+
+
+def meet() -> None:
+    """Reach the store in which the processes that torchrun started leave notes: what goes wrong before `join` is told once, too."""
+    global _notes
+    if "WORLD_SIZE" in os.environ and _notes is None:
+        _notes, *_ = next(dist.rendezvous("env://"))
 
 
 def sharded(x: Tensor) -> bool:
@@ -67,12 +77,20 @@ def together(error: UserError | None = None) -> None:
         raise UserError(told)
 
 
-def tells(error: str) -> bool:
-    """Whether it falls to this process to print that: what goes wrong in all of them is told once."""
-    if _notes is None:
-        return os.environ.get("RANK", "0") == "0"
-    _notes.add("errors", 1)
-    return _notes.add(f"told {error}", 1) == 1
+def tell(error: str) -> None:
+    """Print what ends the run: by the first process that meets it, and the others wait until it has, since torchrun ends all as
+    soon as one has left."""
+    first = True
+    if _notes is not None:
+        _notes.add("errors", 1)
+        first = _notes.add(f"met {error}", 1) == 1
+    if first:  # the first process's progress bar may still stand on the line
+        print("\n" * (rank() > 0) + error, file=sys.stderr, flush=True)
+    if _notes is not None and first:
+        _notes.set(f"told {error}", "")
+    elif _notes is not None:
+        with suppress(RuntimeError):  # the first was killed: then nobody tells
+            _notes.wait([f"told {error}"], timedelta(seconds=10))
 
 
 def follows() -> bool:

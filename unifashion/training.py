@@ -163,11 +163,11 @@ def plain_attention(device: torch.device, dtype: str) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: what the user got wrong is one line on stderr and exit code 2."""
     try:
+        parallel.meet()
         main()
     except UserError as error:  # from a DataLoader's worker it comes with the worker's traceback before it
         told = str(error).strip().splitlines()[-1].removeprefix("unifashion.UserError: ")
-        if parallel.tells(told):
-            print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
+        parallel.tell(f"{Path(sys.argv[0]).name}: {told}")
         sys.exit(2)
     except RuntimeError:  # of several processes one is gone, and has said why
         if not parallel.follows():
@@ -177,8 +177,7 @@ def run(main: Callable[[], None]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         told = "the disk is full. What was saved before is whole"
-        if parallel.tells(told):
-            print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
+        parallel.tell(f"{Path(sys.argv[0]).name}: {told}")
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)

@@ -150,7 +150,8 @@ def train(
         lr=lr,
         betas=hparams["betas"],
         weight_decay=hparams["weight_decay"],
-        foreach=False if args.shard else None,  # which cannot have shards beside whole tensors
+        fused=not args.shard,  # one kernel cannot have shards beside whole tensors
+        foreach=False,
     )
     ema = training.EMA(parameters) if draws else None
     state = {"step": 0, "best": float("inf"), "modules": modules}

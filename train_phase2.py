@@ -194,7 +194,8 @@ def train(args: argparse.Namespace) -> bool:
             {"params": list(slow.values()), "peak": min(lr["qformer"], 2e-5), **ADAMW["qformer"]},
             {"params": list(paints.values()), "peak": None, "lr": lr["draws"], **ADAMW["draws"]},
         ],
-        foreach=False if args.shard else None,  # which cannot have shards beside whole tensors
+        fused=not args.shard,  # one kernel cannot have shards beside whole tensors
+        foreach=False,
     )
     ema = training.EMA(paints) if paints else None
     state = {"step": 0, "best": float("inf"), "modules": modules}

@@ -322,8 +322,10 @@ def load_checkpoint(
         keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{k}" in moments]
         if keys:
             held = {k: moments.pop(f"{name}:{k}") for k in keys}
-            # AdamW keeps its step count on the CPU, wherever the parameter is
-            optimizer.state[p] = {k: v if k == "step" else parallel.like(v, p.data) for k, v in held.items()}
+            home = p.device if optimizer.defaults["fused"] else "cpu"  # of the count of steps
+            optimizer.state[p] = {
+                k: v.to(home) if k == "step" else parallel.like(v, p.data) for k, v in held.items()
+            }
     if moments:
         raise UserError(
             f"{folder}: {next(iter(moments))} belongs to no trained parameter; was --stage another?"

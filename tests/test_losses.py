@@ -141,8 +141,28 @@ def test_a_batch_is_as_wide_as_its_longest_answer_in_steps_of_eight(words):
     assert len(widths) > 1
     full = {"after": torch.zeros(1, 16), "answer": torch.ones(1, 16, dtype=torch.bool)}
     assert feed.shorten(full)["after"].shape[1] == 16
-    other = {"ids": torch.zeros(1, 16), "mask": torch.ones(1, 16)}  # align's: the Q-Former's texts
-    assert feed.shorten(other) is other
+
+
+def test_what_the_qformer_reads_is_as_wide_as_the_longest_text_of_all_processes(monkeypatch):
+    def padded(*lengths: int) -> dict[str, Tensor]:
+        mask = torch.arange(64) < torch.tensor(lengths)[:, None]
+        return {"ids": torch.arange(64).expand(len(lengths), -1), "mask": mask, "index": torch.arange(2)}
+
+    for lengths, width in (((2, 3), 8), ((8, 2), 8), ((2, 9), 16), ((64, 2), 64)):
+        whole = padded(*lengths)
+        cut = feed.shorten(whole)
+        for name in ("ids", "mask"):
+            assert torch.equal(cut[name], whole[name][:, :width])
+        assert torch.equal(cut["mask"].sum(1), torch.tensor(lengths)) and cut["index"] is whole["index"]
+    ways = padded(2, 9)
+    cut = feed.shorten(
+        {"ways": ways["ids"][None], "ways_mask": ways["mask"][None], "caption_ids": ways["ids"][:1],
+         "caption_mask": ways["mask"][:1]}
+    )  # fmt: skip
+    assert cut["ways"].shape == cut["ways_mask"].shape == (1, 2, 16)
+    assert cut["caption_ids"].shape == cut["caption_mask"].shape == (1, 8)
+    monkeypatch.setattr(feed.parallel, "most", lambda n: max(n, 20))  # another process has a text of 20
+    assert feed.shorten(padded(2, 3))["ids"].shape[1] == 24
 
 
 def test_shortened_cached_or_whole_the_loss_is_the_same(words, writer):

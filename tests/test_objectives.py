@@ -12,7 +12,7 @@ from tests import goldens
 from tests.parity import assert_parity, randomise
 from tests.small_runs import MINI
 from tests.test_qformer import blip2
-from unifashion import diffusion, losses, objectives
+from unifashion import diffusion, feed, losses, objectives
 from unifashion.model import UniFashion
 from unifashion.training import Lots, seeded
 
@@ -549,6 +549,20 @@ def test_what_the_frozen_networks_say_goes_to_its_place():
     torch.testing.assert_close(seen["mean"], mean[:2], atol=1e-12, rtol=0)
     assert objectives.encode_z(model, pair).keys() == {"z", "ids"}
     assert not any(v.requires_grad for batch in (composed, scene, seen) for v in batch.values())
+
+
+def test_padding_of_texts_changes_no_loss():
+    """What lets `feed.shorten` cut it: whatever stands behind a text, and however much."""
+    model, batch = randomise(UniFashion(MINI, writes=True), 0), everything()
+    padded = dict(batch)
+    for ids, mask in feed.READ.items():
+        padded[ids] = F.pad(batch[ids], (0, 5), value=7)
+        padded[mask] = F.pad(batch[mask], (0, 5), value=False)
+    for loss, of in ((objectives.cross, single), (objectives.composed, dict), (objectives.tryon, dict)):
+        a, b = (loss(model, of(x), Lots("padding", 0, 0, B), 1.0) for x in (batch, padded))
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], atol=1e-10, rtol=0)
 
 
 # Helpers

@@ -154,14 +154,34 @@ def stream(
     return map(move, batches(samples, order, lambda batch: encode(move(batch)), cache, workers))
 
 
+READ = {
+    "ids": "mask",
+    "ways": "ways_mask",
+    "caption_ids": "caption_mask",
+}  # by the Q-Former, and which tokens are real
+
+
 def shorten(batch: dict[str, Tensor], grain: int = 8) -> dict[str, Tensor]:
     """
-    Cut what the LLM reads to the longest of the batch, rounded up to a multiple of `grain`: few shapes, little padding.
+    Cut texts to the longest of the batch, rounded up to a multiple of `grain`: few shapes, little padding. What the LLM reads,
+    "after" (b,t), has its real tokens told by "answer" (b,t), which come last; what the Q-Former reads by READ.
 
-    Only where there is "answer" (b,t), True on a caption's own tokens, beside "after" (b,t). On the CPU: it looks at the numbers.
+    The Q-Former's texts are as long in every process: losses gather them. On the CPU: it looks at the numbers.
     """
-    if "answer" not in batch:
-        return batch
-    longest = int((batch["answer"] * torch.arange(1, batch["answer"].shape[1] + 1)).max())
-    t = -(-longest // grain) * grain
-    return {**batch, "after": batch["after"][:, :t], "answer": batch["answer"][:, :t]}
+
+    def cut(names: tuple[str, ...], longest: int) -> dict[str, Tensor]:
+        t = -(-longest // grain) * grain
+        return {name: batch[name][..., :t] for name in names}
+
+    shorter = dict(batch)
+    if "answer" in batch:
+        shorter |= cut(("after", "answer"), longest(batch["answer"]))
+    for text, real in READ.items():
+        if text in batch:
+            shorter |= cut((text, real), parallel.most(longest(batch[real])))
+    return shorter
+
+
+def longest(real: Tensor) -> int:
+    """real (...,t) bool -> how many columns there are up to the last True of any row"""
+    return int((real * torch.arange(1, real.shape[-1] + 1)).max())

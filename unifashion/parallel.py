@@ -198,6 +198,15 @@ def anywhere(asked: bool) -> bool:
     return bool(flag)
 
 
+def most(n: int) -> int:
+    """The largest of the processes' n."""
+    if world() == 1:
+        return n
+    told = torch.tensor(n)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return int(told)
+
+
 def whole(x: Tensor) -> Tensor:
     """A tensor as one process would have it. With shards, every process must ask."""
     return x.full_tensor() if sharded(x) else x

@@ -68,7 +68,7 @@ def train(
     }
     encode, loss_of = STAGES[stage]
     device = parallel.join(training.pick_device(args.device))
-    training.plain_attention(device, args.dtype)
+    training.wide_attention(device, args.dtype)
     runs.check_out(out, resume)
     before = runs.asked_before(out, resume)
     init = init or before.get("init")

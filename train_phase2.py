@@ -100,7 +100,7 @@ def train(args: argparse.Namespace) -> bool:
     """-> whether it came to its end: False where it was asked to stop before."""
     defaults, cfg, out = DEFAULTS[args.preset], PRESETS[args.preset], args.out
     device = parallel.join(training.pick_device(args.device))
-    training.plain_attention(device, args.dtype)
+    training.wide_attention(device, args.dtype)
     runs.check_out(out, args.resume)
     before = runs.asked_before(out, args.resume)
     init = args.init or before.get("init")

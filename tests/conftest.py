@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers that each want all cores wait for each other
     torch.set_num_threads(1)
@@ -15,9 +16,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers that each want all cores wait
 
 @pytest.fixture(autouse=True)
 def fused_attention() -> Iterator[None]:
-    """What trains in bfloat16 turns it off for its process, which here is that of the other tests, too."""
+    """What trains in bfloat16 replaces it for its process, which here is that of the other tests, too."""
+    fused = F.scaled_dot_product_attention
     yield
-    torch.backends.cuda.enable_flash_sdp(True)
+    F.scaled_dot_product_attention = fused
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import train_phase1
@@ -476,11 +477,22 @@ def test_the_text_adapter_learns_at_a_tenth_of_the_rate_of_lora(place, groups):
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "fused"), [("cpu", "bf16", False), ("cpu", "fp32", True), ("cuda", "bf16", True)]
+    ("device", "dtype", "wide"), [("cpu", "bf16", True), ("cpu", "fp32", False), ("cuda", "bf16", False)]
 )
-def test_only_in_bfloat16_on_a_cpu_is_attention_plain(device, dtype, fused):
-    training.plain_attention(torch.device(device), dtype)
-    assert torch.backends.cuda.flash_sdp_enabled() == fused
+def test_only_in_bfloat16_on_a_cpu_does_attention_learn_in_float32(device, dtype, wide):
+    q, k, v = (torch.randn(2, 3, 5, 4, generator=training.seeded("attention", i)) for i in range(3))
+    mask = (torch.arange(5) < 4).expand(5, 5)
+    exact = F.scaled_dot_product_attention(q, k, v, mask)
+    training.wide_attention(torch.device(device), dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen, bias = [], torch.where(mask, 0.0, -torch.inf)
+        for attn_mask in (mask, bias.bfloat16()):
+            seen.append(F.scaled_dot_product_attention(q, k, v, attn_mask))
+        with torch.no_grad():
+            frozen = F.scaled_dot_product_attention(q, k, v, mask)
+    assert frozen.dtype == torch.bfloat16  # what does not learn is as it was
+    for y in seen:
+        assert (y - exact).abs().max() < 1e-6 if wide else y.dtype == torch.bfloat16
 
 
 @pytest.mark.slow

@@ -21,11 +21,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from unifashion import Parser, UserError, feed, losses, objectives, parallel, runs, sheets, training
+from unifashion import Parser, UserError, feed, objectives, parallel, runs, sheets, training
 from unifashion.config import PRESETS
 from unifashion.model import UniFashion, start_adapter
 from unifashion.samples import TEXTS, Answers, Pairs, names, open_data, products
-from unifashion.tokenizers import WordPiece
 from weights.load import PUBLIC_PARTS, check_public, company, llm_tokenizer, load_public, tokenizer
 
 TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
@@ -178,7 +177,7 @@ def train(
             elif draws:
                 draw_samples(model, batch, path.with_suffix(".png"))
             else:
-                match_samples(model, batch, words, path.with_suffix(".txt"))
+                sheets.save_matches(model, words, batch, path.with_suffix(".txt"))
         training.train_mode(model, parameters)
         return float(parallel.mean(torch.stack(values)).mean())
 
@@ -205,8 +204,8 @@ def train(
                 torch.manual_seed(parallel.apart(args.seed + micro))  # of dropout: by the step alone
                 lots = training.Lots(stage, args.seed, micro, b, device)
                 parts = loss_of(model, batch, lots, step / steps)
-            watch.see(step, stage, parts, batch["index"])
             norms = training.backward_apart(parts, list(parameters.values()), 1 / accumulate)
+            watch.see(step, stage, parts, norms, batch["index"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
@@ -233,21 +232,6 @@ def train(
         if leaves:
             break
     return state["step"] == steps
-
-
-@torch.no_grad()
-def match_samples(model: UniFashion, batch: dict[str, Tensor], words: WordPiece, path: Path) -> None:
-    """For each text of a batch the text of the picture that it finds among the batch's, and how alike they are."""
-    z = objectives.z_i(model, batch)
-    _, text = model.qformer(ids=batch["ids"], mask=batch["mask"])
-    sim = losses.similarity(model.qformer.embed_image(z), model.qformer.embed_text(text))
-    read = lambda ids: " ".join(words.tokens[i] for i in ids.tolist() if i).replace(" ##", "")  # noqa: E731
-    lines = [
-        f"{read(batch['ids'][i])}\n-> {read(batch['ids'][best])} ({value:.2f})\n"
-        for i, (value, best) in enumerate(zip(*(x.tolist() for x in sim.max(0)), strict=True))
-    ]
-    if parallel.rank() == 0:
-        path.write_text("\n".join(lines), encoding="utf-8")
 
 
 @torch.no_grad()

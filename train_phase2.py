@@ -232,17 +232,17 @@ def train(args: argparse.Namespace) -> bool:
                     )
                     for i, batch in enumerate(stream(task, part, order, kept[task]))
                 ]
-                if task in ("caption", "tryon"):
-                    eight = next(feed.batch_order(len(part), min(8, len(part)), 0, 0, 1))
-                    batch = next(
-                        stream(task, part, iter([eight * parallel.world()]), kept[task])
-                    )  # in every process
-                    path = out / "samples" / f"{state['step']:06}"
-                    if task == "caption":
-                        z = objectives.z_i(model, batch)
-                        sheets.save_captions(model, llm_words, z, batch, path.with_suffix(".txt"))
-                    else:
-                        draw_samples(model, batch, path.with_suffix(".png"))
+                eight = next(feed.batch_order(len(part), min(8, len(part)), 0, 0, 1))
+                batch = next(
+                    stream(task, part, iter([eight * parallel.world()]), kept[task])
+                )  # in every process
+                path = out / "samples" / f"{state['step']:06}.{task}.txt"
+                if task == "caption":
+                    sheets.save_captions(model, llm_words, objectives.z_i(model, batch), batch, path)
+                elif task == "tryon":
+                    draw_samples(model, batch, path.with_suffix(".png"))
+                else:
+                    sheets.save_matches(model, words, batch, path)
             values.append(float(parallel.mean(torch.stack(losses)).mean()))
             runs.log_line(out, step=state["step"] - 1, **{f"val {task}": values[-1]})
         training.train_mode(model, parameters)
@@ -279,8 +279,8 @@ def train(args: argparse.Namespace) -> bool:
                 torch.manual_seed(parallel.apart(args.seed + micro))  # of dropout: by the step alone
                 lots = training.Lots(task, args.seed, micro, b[task], device)
                 parts = losses_of[task](model, batch, lots, step / total)
-            watch.see(step, task, parts, batch["index"])
             norms = training.backward_apart(parts, learning, 1 / accumulate)
+            watch.see(step, task, parts, norms, batch["index"])
         for p in paints.values():
             if task != "tryon":
                 p.grad = None  # FSDP computes it all the same

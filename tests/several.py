@@ -46,8 +46,8 @@ def train(place: Path, jobs: list[Job]) -> None:
 def write_down(patch: pytest.MonkeyPatch, seen: dict[str, list]) -> None:
     see, apart, cut = runs.Watch.see, training.backward_apart, parallel.shard
 
-    def seeing(watch, step, task, losses, index):
-        see(watch, step, task, losses, index)
+    def seeing(watch, step, task, losses, norms, index):
+        see(watch, step, task, losses, norms, index)
         seen["losses"].append({f"{task} {name}": float(parallel.mean(x)) for name, x in losses.items()})
 
     def going_back(*args):
@@ -112,9 +112,10 @@ def nan_in_the_second(patch: pytest.MonkeyPatch) -> None:
     """Of the second process a loss is nan in the third step, and it is the first to leave the loop."""
     see, check = runs.Watch.see, runs.Watch.check
 
-    def seeing(watch, step, task, losses, index):
+    def seeing(watch, step, task, losses, norms, index):
         bad = step == 2 and parallel.rank() == 1
-        see(watch, step, task, {k: x * (float("nan") if bad else 1.0) for k, x in losses.items()}, index)
+        losses = {k: x * (float("nan") if bad else 1.0) for k, x in losses.items()}
+        see(watch, step, task, losses, norms, index)
 
     def checking(watch):
         try:

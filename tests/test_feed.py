@@ -189,16 +189,20 @@ def test_a_run_goes_on_without_one_broken_picture_and_names_it(workers, place, m
     assert_same(learned(place / "run"), learned(place / "run2"))
 
 
-def test_missing_pictures_are_counted_before_anything_is_trained(place):
+def test_missing_pictures_are_counted_before_anything_is_trained(place, capsys):
     gone = break_pictures(place, "toy/fashion200k/women/**/*_0.jpeg", 2)
     for path in gone:
         path.unlink()
     data = ["--data", f"fashion200k={place / 'broken/toy/fashion200k'}"]
-    with pytest.raises(UserError, match="2 of 36 samples are missing or broken.*lacks women/.*_0.jpeg"):
+    with pytest.raises(
+        UserError, match="2 of 36 samples are missing or broken.*lacks women/.*_0.jpeg"
+    ) as error:
         run("1 align", place, "run", 1, *data)
     assert not (place / "run").exists()
+    assert "github.com/xthan/fashion-200k" in str(error.value)  # where to get it
     run("1 align", place, "run", 8, *data, "--allow-missing")
     assert len((place / "run/skipped.txt").read_text().splitlines()) <= 2
+    assert "fashion200k: 2 of 36 samples are left out, " in capsys.readouterr().err
 
 
 # Lots

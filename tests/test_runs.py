@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import train_phase1
 import train_phase2
-from tests.small_runs import assert_same, learned, metrics, moments, run, state
+from tests.small_runs import assert_same, learned, metrics, moments, run, state, stopped_after
 from unifashion import UserError, runs, sheets, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -284,6 +284,20 @@ def test_in_a_mixed_run_the_task_is_named(place, monkeypatch):
         run("2 mixed", place, "wild", 4)
     told = json.loads((place / "wild/nan.json").read_text())
     assert told["task"] == "tryon" and all(name.startswith("mgd: ") for name in told["samples"])
+
+
+def test_a_gradient_that_is_no_number_is_told_before_it_is_saved(place, monkeypatch):
+    """Though the loss is one, and the run is asked to stop and save at this very step."""
+    apart = training.backward_apart
+
+    def overflowing(losses, parameters, share):
+        norms = apart(losses, parameters, share)
+        return norms * torch.tensor([1.0, float("inf")])
+
+    monkeypatch.setattr(training, "backward_apart", overflowing)
+    with pytest.raises(UserError, match="the gradient of ITM is inf at step 0"), stopped_after(1):
+        run("1 align", place, "wild", 5)
+    assert not (place / "wild/last").exists() and (place / "wild/nan.json").exists()
 
 
 def test_an_evaluation_that_is_no_number_saves_nothing(place, monkeypatch):

@@ -46,6 +46,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
 WRITES, DRAWS = {"text_adapter", "lora"}, {"image_adapter", "style_adapter", "null_context", "unet"}
 
+SHOWN = {  # by an evaluation: captions, pictures, what is found
+    "1 align": "txt",
+    "1 caption": "txt",
+    "1 generate": "png",
+    "2 retrieval": "retrieval.txt",
+    "2 cir": "cir.txt",
+    "2 caption": "caption.txt",
+    "2 tryon": "tryon.png",
+    "2 mixed": "retrieval.txt cir.txt caption.txt tryon.png",
+}
+
 # Going on
 
 
@@ -58,6 +69,14 @@ def test_two_steps_and_a_resumed_two_are_four_steps_bit_for_bit(what, place):
     assert state(place / "parts")["step"] == 2
     run(what, place, "parts", 4, "--resume")
     assert_same_runs(place)
+    shown = {path.name for path in (place / "whole/samples").iterdir() if path.stat().st_size}
+    assert shown == {f"000004.{ending}" for ending in SHOWN[what].split()}
+
+
+def test_without_captions_composed_queries_show_what_they_find(place):
+    run("2 cir", place, "run", 1, "--without", "itg,q2i,caption")
+    told = (place / "run/samples/000001.cir.txt").read_text().splitlines()[1::3]
+    assert told and all(line.startswith("-> another's (") for line in told)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +147,9 @@ def test_what_is_asked_of_a_run_that_goes_on_is_what_was_asked_before(place):
     ):
         with pytest.raises(UserError, match=f"was started with {told}: repeat its flags"):
             run("1 generate", place, "run", 3, "--resume", *flags)
-    with pytest.raises(UserError, match="was started with stage generate, not align"):
+    with pytest.raises(UserError, match="with lr 0.001, not 0.5; seed 0, not 1: repeat its flags"):
+        run("1 generate", place, "run", 3, "--resume", "--lr", "0.5", "--seed", "1")
+    with pytest.raises(UserError, match="was started with stage generate, not align: repeat"):
         run("1 align", place, "run", 3, "--resume")
     with pytest.raises(UserError, match="was started with stage generate, not phase2"):
         run("2 tryon", place, "run", 3, "--resume")
@@ -248,8 +269,9 @@ def test_stopped_at_the_end_of_a_stage_the_next_does_not_begin(moment, place, mo
     train_phase1.main([*moved, "--resume"])  # done, wherever it lies
 
 
-def test_a_signal_to_the_whole_group_is_for_the_process_that_trains(place):
-    """As `timeout` and schedulers send it: the processes that read must not die of it before their data are used."""
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_is_for_the_process_that_trains(sign, place):
+    """As a terminal sends Ctrl-C, `timeout` and schedulers SIGTERM: the processes that read must not die of it before their data are used."""
     place.joinpath("go.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import pytest, train_phase1; from pathlib import Path\n"
@@ -266,7 +288,7 @@ def test_a_signal_to_the_whole_group_is_for_the_process_that_trains(place):
             while not (place / "run/metrics.jsonl").exists():
                 assert run.poll() is None, (place / "told").read_text()
                 time.sleep(0.2)
-            os.killpg(run.pid, signal.SIGTERM)
+            os.killpg(run.pid, sign)
             assert run.wait(60) == 0, (place / "told").read_text()
         finally:
             run.poll() is None and os.killpg(run.pid, signal.SIGKILL)
@@ -466,6 +488,53 @@ def test_the_temperature_learns_at_the_official_rate_however_fast_the_rest(place
     run("2 cir", place, "cir", 1, "--lr", "0.01")
     assert [(len(g["params"]), g["peak"]) for g in groups[1:]] == [(1, 2e-5), (0, None)]
     assert groups[0]["peak"] == 0.01
+
+
+@pytest.mark.parametrize("what", ["1 align", "1 caption", "1 generate"])
+def test_in_phase_1_the_rate_follows_a_cosine_but_of_what_draws(what, place, watched):
+    run(what, place, "run", 4)
+    share = [1.0 if what == "1 generate" else training.cosine(step, 4, 1) for step in range(4)]
+    assert [rates[0] for rates in watched["rates"]] == pytest.approx([1e-3 * x for x in share])
+
+
+def test_accumulated_batches_count_by_their_mean(place, monkeypatch):
+    given, apart = [], training.backward_apart
+
+    def noted(losses, parameters, share):
+        norms = apart(losses, parameters, share)
+        given.append((share, sum(float(p.grad.norm()) for p in parameters if p.grad is not None)))
+        return norms
+
+    monkeypatch.setattr(training, "backward_apart", noted)
+    run("1 align", place, "run", 2, "--accumulate", "2")
+    assert [share for share, _ in given] == [0.5] * 4
+    assert given[0][1] != given[1][1]  # a second batch's gradient is added to the first's
+
+
+@pytest.mark.parametrize("data", ["vitonhd=toy/vitonhd", "mgd=toy/dresscode", "mgd=toy/vitonhd"])
+def test_persons_of_each_data_set_are_learned_from(data, place, monkeypatch):
+    monkeypatch.chdir(place)
+    module = train_phase2
+    words = [data if word.startswith("toy=") else word for word in arguments("2 tryon", place, "run")]
+    module.main([*words, "--batch-size", "2"])
+    assert state(place / "run")["step"] == 1 and metrics(place / "run")[0]["tryon q2I"] > 0
+
+
+def test_progress_is_told_with_losses_speed_and_the_time_that_is_left(place, capsys):
+    run("1 align", place, "run", 2)
+    told = capsys.readouterr().err
+    assert re.search(r"2/2 \[[0-9:]+<00:00, .*(it/s|s/it), ITC=[0-9.]+, ITM=[0-9.]+\]", told), told
+
+
+def test_the_defaults_of_the_full_size_are_the_papers_or_the_official_codes():
+    """Appendix B: batches and rates; notes/upstream.md 2.2: epochs, weight decay, betas, warm-up."""
+    one, two = train_phase1.DEFAULTS["full"], train_phase2.DEFAULTS["full"]
+    assert one["align"] == {"batch_size": 128, "lr": 2e-5, "epochs": 10, "steps": None}
+    assert one["caption"] == two["caption"] == {"batch_size": 32, "lr": 2e-5, "epochs": 2, "steps": None}
+    assert one["generate"] == two["tryon"] == {"batch_size": 32, "lr": 1e-4, "epochs": None, "steps": 360_000}
+    assert two["cir"] == {"batch_size": 128, "lr": 2e-5, "epochs": 15, "steps": None}
+    assert train_phase1.ADAMW["align"] == {"weight_decay": 0.05, "betas": (0.9, 0.98), "warmup": 0.05}
+    assert train_phase1.ADAMW["caption"] == {"weight_decay": 0.0, "betas": (0.9, 0.99), "warmup": 0.03}
 
 
 def test_the_text_adapter_learns_at_a_tenth_of_the_rate_of_lora(place, groups):
@@ -856,8 +925,6 @@ def test_each_task_counts_by_its_own_scale_when_the_best_of_all_is_chosen(place)
     assert rows.keys() == {"val", *(f"val {task}" for task in train_phase2.TASKS)}
     product = torch.tensor([rows[f"val {task}"] for task in train_phase2.TASKS], dtype=torch.float64).prod()
     assert rows["val"] == pytest.approx(product.item() ** 0.25, rel=1e-9)
-    made = {path.suffix for path in (place / "run/samples").iterdir()}
-    assert made == {".txt", ".png"}  # captions, and pictures
 
 
 @pytest.mark.parametrize("what", RUNS[:-1])
@@ -917,6 +984,7 @@ def test_no_sample_that_is_learned_from_is_among_those_that_choose_the_best(what
         (2, ["--data", "toy", "--task", "retrieval", "--batch-size", "1"], "--batch-size is 1: retrieval compares"),
         (2, ["--data", "toy", "--task", "tryon"], "no file holds a trained qformer: --init wants a run"),
         (2, ["--data", "vitonhd=nowhere", "--task", "tryon"], "VITON-HD is incomplete"),
+        (2, ["--data", "mgd=nowhere", "--task", "tryon"], "nowhere is missing: .*garment-designer.*dress-code"),
         (2, ["--data", "toy", "--resume"], "nothing to resume"),
     ],
 )  # fmt: skip

@@ -106,19 +106,23 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
         asked = before.keys() & config.keys() - set(MAY_CHANGE)
         if has_checkpoint(out):  # what it began from is in it
             asked |= {"init"} & before.keys() & config.keys()
-        for name in sorted(asked, key=lambda name: (name != "stage", name == "samples", name)):
+        if before.get("stage") != config.get("stage"):  # then much else is another's, too
+            asked = {"stage"}
+        other = []
+        for name in sorted(asked):
             if name == "company":  # files that a stage does not read may have come since
                 before[name] = {
                     file: before[name][file] for file in before[name].keys() & config[name].keys()
                 }
                 config[name] = {file: config[name][file] for file in before[name]}
-            if name == "samples" and before[name] != config[name]:
-                raise UserError(
-                    f"{out} was started with {before[name]} samples, now there are {config[name]}"
-                )
-            if before[name] != config[name]:
-                flag, was = name.replace("_", "-"), before[name]
-                raise UserError(f"{out} was started with {flag} {was}, not {config[name]}: repeat its flags")
+            if before[name] != config[name] and name != "samples":
+                other.append(f"{name.replace('_', '-')} {before[name]}, not {config[name]}")
+        if other:
+            raise UserError(f"{out} was started with {'; '.join(other)}: repeat its flags")
+        if "samples" in asked and before["samples"] != config["samples"]:
+            raise UserError(
+                f"{out} was started with {before['samples']} samples, now there are {config['samples']}"
+            )
     if has_checkpoint(out) and (done := _state_of(_whole_one(out / "last"))["step"]) > config["steps"]:
         raise UserError(f"{out} has done {done} steps already, more than the {config['steps']} of --steps")
     parallel.together()  # all have looked before the first of them writes
@@ -243,7 +247,7 @@ def save_evaluated(
 
 class Watch:
     """
-    Notices at which step a loss first was not a number, without waiting for the device at every step: `check` does, where the
+    Notices at which step a loss or its gradient first was not a number, without waiting for the device at every step: `check` does, where the
     losses are shown.
     """
 
@@ -253,9 +257,11 @@ class Watch:
         self.first = torch.full((), -1, dtype=torch.long, device=device)
         self.seen: list[tuple[int, str, dict[str, Tensor], Tensor]] = []
 
-    def see(self, step: int, task: str, losses: dict[str, Tensor], index: Tensor) -> None:
+    def see(self, step: int, task: str, losses: dict[str, Tensor], norms: Tensor, index: Tensor) -> None:
+        """norms (losses,): those of their gradients, which may overflow where a loss does not; index: of the samples"""
         losses = {name: x.detach() for name, x in losses.items()}
-        bad = ~torch.stack(list(losses.values())).isfinite().all()
+        losses |= {f"the gradient of {name}": x for name, x in zip(losses, norms, strict=True)}
+        bad = ~torch.stack([x.float() for x in losses.values()]).isfinite().all()
         self.first = torch.where((self.first < 0) & bad, len(self.seen), self.first)
         self.seen.append((step, task, losses, index))
 

@@ -6,6 +6,7 @@ Triplets   reference, modification text, target and its caption     composed
 Scenes     a person, what is kept of it, cloth and sketch           tryon
 """
 
+import sys
 import zlib
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from unifashion.config import UniFashionConfig
 from unifashion.data.fashioniq import WAYS, joined
 from unifashion.data.readers import DATA_SETS, in_toy
 from unifashion.feed import check_share
+from unifashion.parallel import rank
 from unifashion.preprocess import qformer_image
 from unifashion.tokenizers import SentencePiece, WordPiece, answer_ids, blip_caption, prompt
 from unifashion.training import name_and_path, toy_folder
@@ -54,7 +56,10 @@ def open_data(names: list[str], kinds: tuple[str, ...], allow_missing: bool = Fa
     parts = {part: DATA_SETS[part](folder, "train") for part, folder in folders.items()}
     for part, data in parts.items():
         if gone := data.missing():
-            check_share(len(gone), len(data), f"{folders[part]} lacks {gone[0]}", allow_missing)
+            told = f"{folders[part]} lacks {gone[0]}: {data.SOURCE}"
+            check_share(len(gone), len(data), told, allow_missing)
+            if rank() == 0:
+                print(f"{part}: {len(gone)} of {len(data)} samples are left out, {told}", file=sys.stderr)
     return parts
 
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from unifashion import parallel
+from unifashion import losses, parallel
 from unifashion.model import UniFashion
-from unifashion.tokenizers import SentencePiece
+from unifashion.tokenizers import SentencePiece, WordPiece
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")  # of curves
 
@@ -35,6 +35,34 @@ def save_captions(
         start = int(answer.int().argmax())
         written = model.write(one[None], before, ids[None, :start], model.cfg.max_caption, words.eos)[0]
         lines += [words.decode(ids[answer].tolist()), "-> " + words.decode(written.tolist()), ""]
+    if parallel.rank() == 0:
+        path.write_text("\n".join(lines), encoding="utf-8")
+
+
+@torch.no_grad()
+def save_matches(model: UniFashion, words: WordPiece, batch: dict[str, Tensor], path: Path) -> None:
+    """For each query of a batch the text of the picture that it finds among the batch's, and how alike they are.
+
+    A query is a picture's own text, or, of `samples.Triplets`, a reference and what is to be changed; where these have no captions
+    only whether it finds its own target.
+    """
+    qformer, features = model.qformer, batch["features"]
+    if "ways" in batch:
+        reference, target = qformer.ln_vision(features).unbind(1)
+        asked = batch["ways"][:, 0]
+        _, text = qformer(reference, asked, batch["ways_mask"][:, 0])
+        z, _ = qformer(target)
+        shown = batch.get("caption_ids")
+    else:
+        asked = shown = batch["ids"]
+        _, text = qformer(ids=asked, mask=batch["mask"])
+        z, _ = qformer(qformer.ln_vision(features))
+    sim = losses.similarity(qformer.embed_image(z), qformer.embed_text(text))
+    read = lambda ids: " ".join(words.tokens[i] for i in ids.tolist() if i).replace(" ##", "")  # noqa: E731
+    lines = []
+    for i, (value, best) in enumerate(zip(*(x.tolist() for x in sim.max(0)), strict=True)):
+        found = read(shown[best]) if shown is not None else "another's"
+        lines.append(f"{read(asked[i])}\n-> {found} ({value:.2f}{', its own' * (best == i)})\n")
     if parallel.rank() == 0:
         path.write_text("\n".join(lines), encoding="utf-8")
 
@@ -63,7 +91,7 @@ def _read_log(run: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             continue
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
-        log.append({k: v for k, v in numbers.items() if k not in ("lr", "seconds")})
+        log.append({k: v for k, v in numbers.items() if k not in ("lr", "lr draws", "seconds")})
     return log
 
 

@@ -44,6 +44,11 @@ class DressCode:
     Raises UserError if files of the layout are missing or damaged.
     """
 
+    SOURCE = (
+        "ask for it at github.com/aimagelab/dress-code, get MGD's sketches and captions at "
+        "github.com/aimagelab/multimodal-garment-designer"
+    )
+
     def __init__(self, root: str | Path, split: str = "train", paired: bool = True) -> None:
         self.root = Path(root)
         order = "paired" if paired else "unpaired"
@@ -55,8 +60,7 @@ class DressCode:
         lacks = [path for path in wanted if not (self.root / path).exists()]
         if lacks:
             raise UserError(
-                f"Dress Code is incomplete, {self.root} lacks {', '.join(lacks)}: ask for it at github.com/aimagelab/dress-code, "
-                "get MGD's sketches and captions at github.com/aimagelab/multimodal-garment-designer, or use --data toy."
+                f"Dress Code is incomplete, {self.root} lacks {', '.join(lacks)}: {self.SOURCE}, or use --data toy."
             )
         self.captions = {
             k: v

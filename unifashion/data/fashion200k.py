@@ -16,6 +16,8 @@ class Fashion200K:
     damaged, without a caption, or there twice.
     """
 
+    SOURCE = "ask for it at github.com/xthan/fashion-200k (labels and women.tar.gz, unpacked here)"
+
     def __init__(self, root: str | Path, split: str = "train") -> None:
         self.root = Path(root)
         files = sorted(
@@ -23,8 +25,7 @@ class Fashion200K:
         )  # a Mac leaves others: ._dress_...
         if not files or not (self.root / "women").is_dir():
             raise UserError(
-                f"{self.root} lacks labels/*_{split}_detect_all.txt or women/: ask for Fashion200K at "
-                "github.com/xthan/fashion-200k (labels and women.tar.gz, unpacked here), or use --data toy."
+                f"{self.root} lacks labels/*_{split}_detect_all.txt or women/: {self.SOURCE}, or use --data toy."
             )
         lines = [line.rstrip("\r").split("\t") for file in files for line in read_lines(file)]
         broken = next((line for line in lines if len(line) != 3 or not all(s.strip() for s in line)), None)

@@ -34,20 +34,20 @@ class FashionGen:
     Raises UserError if h5py or the file is missing, or the file is not what it should be, and for an item without text.
     """
 
+    SOURCE = "ask for it at fashion-gen.com"
+
     def __init__(self, root: str | Path, split: str = "train") -> None:
         self.split = "validation" if split == "val" else split
         self.file = Path(root, f"fashiongen_256_256_{self.split}.h5")
         self.opened = None  # (process, h5py.File)
         if not self.file.is_file():
-            raise UserError(
-                f"{self.file} is missing: ask for FashionGen at fashion-gen.com, or use --data toy."
-            )
+            raise UserError(f"{self.file} is missing: {self.SOURCE}, or use --data toy.")
         try:
             self._read_texts()
         except UserError:
             raise
         except Exception as error:  # of a file that was downloaded in part HDF5 raises many kinds
-            raise UserError(f"{self.file}: cannot be read, or cut short ({error})") from None
+            raise UserError(f"{self.file}: cannot be read, or cut short ({error}): {self.SOURCE}") from None
 
     def _read_texts(self) -> None:
         with self.open() as file:
@@ -105,7 +105,9 @@ class FashionGen:
         try:
             return h5py.File(self.file, "r")
         except OSError as error:
-            raise UserError(f"{self.file}: cannot be opened, or cut short, or not HDF5 ({error})") from None
+            raise UserError(
+                f"{self.file}: cannot be opened, or cut short, or not HDF5 ({error}): {self.SOURCE}"
+            ) from None
 
     def strings(self, column) -> list[str]:
         """A dataset (N,1) or (N,) of bytes or numbers as N texts: without mark-up (<br>), white space made single blanks."""

@@ -50,6 +50,8 @@ class FashionIQ:
     Raises UserError if a file is missing or damaged; images/ may be missing if `pictures` is false.
     """
 
+    SOURCE = "get Fashion-IQ's captions and image_splits, and its pictures as images/, as github.com/XiaoxiaoGuo/fashion-iq says"
+
     def __init__(self, root: str | Path, split: str = "train", pictures: bool = True) -> None:
         self.root = Path(root)
         files = {name: self.root / f"captions/cap.{name}.{split}.json" for name in CATEGORIES}
@@ -60,10 +62,7 @@ class FashionIQ:
         if pictures and not (self.root / "images").is_dir():
             lacks.append("images/")
         if lacks:
-            raise UserError(
-                f"{self.root} lacks {', '.join(lacks)}: get Fashion-IQ's captions and image_splits, and its pictures as images/, "
-                "as github.com/XiaoxiaoGuo/fashion-iq says, or use --data toy."
-            )
+            raise UserError(f"{self.root} lacks {', '.join(lacks)}: {self.SOURCE}, or use --data toy.")
         self.pools = {name: read_pool(file) for name, file in splits.items()}
         self.rows = [row for name, file in files.items() for row in read_triplets(file, name, split)]
         for name, pool in self.pools.items():
@@ -116,6 +115,11 @@ class FashionIQCap:
     `products` has the id of each item. Raises UserError if captions or pictures are missing or damaged.
     """
 
+    SOURCE = (
+        "get the captions at github.com/xiangyu-mm/UniFashion (dataset/) and the pictures as "
+        "github.com/XiaoxiaoGuo/fashion-iq says"
+    )
+
     def __init__(self, root: str | Path, split: str = "train") -> None:
         self.root = Path(root)
         files = {name: self.root / f"next_llava.{split}.{name}.caption.json" for name in CATEGORIES}
@@ -127,8 +131,7 @@ class FashionIQCap:
             )
         if lacks or not (self.root / "images").is_dir():
             raise UserError(
-                f"{self.root} lacks {', '.join(lacks) or 'images/'}: get the captions at github.com/xiangyu-mm/UniFashion "
-                "(dataset/) and the pictures as github.com/XiaoxiaoGuo/fashion-iq says, or use --data toy."
+                f"{self.root} lacks {', '.join(lacks) or 'images/'}: {self.SOURCE}, or use --data toy."
             )
         self.rows = [(name, row) for name, file in files.items() for row in read_captions(file)]
         self.products = [row["image"] for _, row in self.rows]

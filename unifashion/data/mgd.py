@@ -20,6 +20,8 @@ class MGD:
     `pairs` and `products` are VITON-HD's. Raises UserError if captions or sketches are missing.
     """
 
+    SOURCE = "get the VITON-HD archive at github.com/aimagelab/multimodal-garment-designer and unpack it here"
+
     def __init__(self, root: str | Path, split: str = "train", paired: bool = True) -> None:
         folder = Path(root, split)
         self.own_mask = (folder / "image-parse-v3").is_dir() and not (folder / "agnostic-mask").is_dir()
@@ -33,8 +35,7 @@ class MGD:
         sketches = folder / ("im_sketch" if paired else "im_sketch_unpaired")
         if not captions.is_file() or not (self.in_shop or sketches.is_dir()):
             raise UserError(
-                f"{root} lacks MGD's annotations ({captions.name}, {split}/{sketches.name}): get the VITON-HD archive at "
-                "github.com/aimagelab/multimodal-garment-designer and unpack it here, or use --data toy."
+                f"{root} lacks MGD's annotations ({captions.name}, {split}/{sketches.name}): {self.SOURCE}, or use --data toy."
             )
         self.captions = read_chunks(captions)
         untold = next((cloth for _, cloth in self.pairs if cloth[:5] not in self.captions), None)

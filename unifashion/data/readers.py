@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
+from unifashion import UserError
 from unifashion.data import toy
 from unifashion.data.dresscode import DressCode
 from unifashion.data.fashion200k import Fashion200K
@@ -17,6 +18,10 @@ from unifashion.data.vitonhd import VITONHD
 
 def open_mgd(root: str | Path, split: str = "train", paired: bool = True) -> MGD | DressCode:
     """MGD's annotations on Dress Code if the folder has one of its three categories, else on VITON-HD."""
+    if not Path(root).is_dir():
+        raise UserError(
+            f"{root} is missing: for VITON-HD {MGD.SOURCE}; for Dress Code {DressCode.SOURCE}; or use --data toy."
+        )
     dresscode = any(Path(root, category).is_dir() for category in DRESSCODE)
     return (DressCode if dresscode else MGD)(root, split, paired)
 

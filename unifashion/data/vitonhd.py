@@ -34,6 +34,8 @@ class VITONHD:
     folders: those that are read; of what is in others items have nothing.
     """
 
+    SOURCE = "download it from github.com/shadow2496/VITON-HD (zip, unpacked here)"
+
     def __init__(
         self, root: str | Path, split: str = "train", paired: bool = True, folders: tuple[str, ...] = FOLDERS
     ) -> None:
@@ -44,8 +46,7 @@ class VITONHD:
         ]
         if lacks:
             raise UserError(
-                f"VITON-HD is incomplete, missing {', '.join(lacks)}: download it from "
-                "github.com/shadow2496/VITON-HD (zip, unpacked here), or use --data toy."
+                f"VITON-HD is incomplete, missing {', '.join(lacks)}: {self.SOURCE}, or use --data toy."
             )
         self.pairs = [(person, person if paired else cloth) for person, cloth in read_pairs(pairs)]
         self.products = [cloth for _, cloth in self.pairs]

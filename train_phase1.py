@@ -258,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         help="all: one after the other (default %(default)s)",
     )
     training.common_arguments(parser, DEFAULTS)
+    parallel.meet()
     args = parser.parse_args(argv)
     stages = list(STAGES) if args.stage == "all" else [args.stage]
     training.check_arguments(args, stages, "--stage")
@@ -268,13 +269,12 @@ def main(argv: list[str] | None = None) -> None:
     begun = [stage for stage in stages if (args.out / stage / "config.json").is_file()]
     if len(stages) > 1 and args.resume and not begun:
         raise UserError(f"nothing to resume: {args.out} holds no run")
-    for stage in (
-        stages if len(stages) > 1 else []
-    ):  # what a later stage lacks is told before the first has trained
-        writes = stage == "caption"
-        (llm_tokenizer if writes else tokenizer)(args.preset, args.weights)
-        check_public(args.preset, args.weights, stage == "generate", writes)
+    if len(stages) > 1:  # what a later stage lacks is told before the first has trained
         open_data(args.data, TEXTS, args.allow_missing)
+        for stage in stages:
+            writes = stage == "caption"
+            (llm_tokenizer if writes else tokenizer)(args.preset, args.weights)
+            check_public(args.preset, args.weights, stage == "generate", writes)
     for stage in stages:
         out, resume = args.out, args.resume
         if len(stages) > 1:  # a stage that had not begun when the others were stopped begins now

@@ -129,7 +129,7 @@ def train(args: argparse.Namespace) -> bool:
     llm_words = llm_tokenizer(args.preset, args.weights) if writes else None
     train_set, val_set, told, steps, few = {}, {}, {}, {}, {}
     for task in tasks:
-        samples, held, told[task] = samples_of(task, data[task], cfg, words, llm_words, args.without)
+        samples, held, told[task] = samples_of(task, data[task], cfg, words, llm_words, args)
         train_set[task], val_set[task] = (
             feed.Sound(samples, out / f"skipped.{task}.txt", args.allow_missing, part)
             for part in feed.held_out(held)
@@ -162,7 +162,9 @@ def train(args: argparse.Namespace) -> bool:
     if draws and model.garment.untrained:  # a run that goes on loads what it had over this
         model.garment.start_from(model.unet.encoder, model.unet.time_embed)
     config = {
-        **vars(args),
+        **{
+            k: v for k, v in vars(args).items() if k not in ("batch_size", "lr", "epochs")
+        },  # each task's own follow
         **{f"{t} {k}": v for t in tasks for k, v in hparams[t].items() if k in ("batch_size", "lr")},
         "stage": "phase2",  # the name that phase 1 uses: neither goes on with the other's run
         "task": tasks,
@@ -325,7 +327,7 @@ def open_tasks(args: argparse.Namespace) -> dict[str, dict[str, Dataset]]:
     for task in named:
         if not data[task]:
             raise UserError(f"--task {task} wants data: one of {', '.join(('toy', *TASKS[task][0]))}")
-    if idle := [t for t in data if not data[t]]:
+    if (idle := [t for t in data if not data[t]]) and parallel.rank() == 0:
         print(f"train_phase2.py: without {', '.join(idle)}: --data names nothing for it", file=sys.stderr)
     if not any(data.values()):
         raise UserError("--data names nothing that a task could learn from")
@@ -338,11 +340,11 @@ def samples_of(
     cfg: UniFashionConfig,
     words: WordPiece,
     llm_words: SentencePiece | None,
-    without: tuple[str, ...],
+    args: argparse.Namespace,
 ) -> tuple[Dataset, list[str], list[str]]:
     """-> the task's samples, and of each what is held out with it, and a name to tell."""
     if task == "cir":
-        triplets = Triplets(data, cfg, words, llm_words, without)
+        triplets = Triplets(data, cfg, words, llm_words, args.without, args.allow_missing)
         return triplets, triplets.targets(), triplets.targets()
     if task == "caption":
         return Answers(data, cfg, llm_words), products(data), names(data)
@@ -388,6 +390,7 @@ def main(argv: list[str] | None = None) -> None:
         "--freeze-diffusion", action="store_true", help="the U-Net stays as it is, in tryon, too (Sec. 4.4)"
     )
     training.common_arguments(parser, DEFAULTS)
+    parallel.meet()
     args = parser.parse_args(argv)
     tasks = list(TASKS) if "all" in args.task else args.task
     training.check_arguments(args, tasks, "--task")

@@ -103,11 +103,12 @@ def check(rows: list[dict], queries: list[tuple[str, str]], pool: list[str], all
                 guided.add(name)
     if not any(texts.values()):
         raise UserError(f"the captions are of none of the {len(pool)} candidates")
+    pool = [name for name in pool if "".join(texts[name]).strip()]  # of others nothing is said
     captions = [words(" ".join(texts[name])) for name in pool]
     place = {name: i for i, name in enumerate(pool)}
     asked = [(words(text), place[target]) for text, target in queries if target in place]
     if not asked:
-        raise UserError("no query has its target among the candidates: there is nothing to check")
+        raise UserError("no query has its target among the captioned candidates: there is nothing to check")
     asks, targets = [ask for ask, _ in asked], np.array([i for _, i in asked])
     order = np.random.default_rng(0).permutation(len(targets))
     others = np.empty_like(targets)  # everyone's but the own

@@ -88,7 +88,10 @@ def test_clothes_without_captions_are_left_out_and_named(copy):
         file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != gone[:6]}))
     left = DressCode(copy, "train")
     assert (
-        left.uncaptioned == [gone] and len(left) == len(data) - 1 and gone not in [c for _, c in left.pairs]
+        left.missing() == [f"a caption of {gone}"]
+        and left.uncaptioned == [gone]
+        and len(left) == len(data) - 1
+        and gone not in [c for _, c in left.pairs]
     )
     for name in ("fine", "coarse"):
         (copy / f"{name}_captions.json").write_text("{}")

@@ -87,6 +87,27 @@ def test_what_is_cached_is_read_once_in_groups_that_do_not_depend_on_the_order(p
     assert encoded == [list(range(16, 32))]
 
 
+def test_processes_that_read_for_the_cache_read_what_one_would(place):
+    part, encode = task_of("cir", place)
+    order = [[20, 3], [3, 1], [18, 20], [40, 2]]
+    one, two = (list(feed.batches(part, iter(order), encode, {}, workers)) for workers in (0, 2))
+    assert len(two) == 4
+    for a, b in zip(one, two, strict=True):
+        assert_same(a, b)
+    cache: dict = {}
+    again = [list(feed.batches(part, iter(order), encode, cache, workers)) for workers in (2, 0)]
+    assert_same(again[0][-1], again[1][-1])  # known already, and one's own groups go on after another's
+    more = list(feed.batches(part, iter([[3, 47]]), encode, cache, 2))
+    assert more[0]["index"].tolist() == [3, 47]
+
+
+def test_what_float16_cannot_hold_is_told(place):
+    part, encode = task_of("cir", place)
+    large = lambda batch: {**encode(batch), "features": torch.full((len(batch["index"]), 2), 1e5)}  # noqa: E731
+    with pytest.raises(UserError, match="features is too large for the cache's float16: leave --cache out"):
+        next(feed.batches(part, iter([[0, 1]]), large, {}))
+
+
 @pytest.mark.parametrize(("steps", "cached"), [(2, False), (60, True)])
 def test_samples_are_kept_where_they_come_again(steps, cached, place, monkeypatch):
     keeps = []
@@ -262,6 +283,13 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(place, monk
     with pytest.raises(UserError, match="a batch of 4 does not divide among 3 processes"):
         run("1 align", place, "run", 1)
     assert not (place / "run").exists()
+
+
+def test_a_full_disk_is_told_by_who_reads(tmp_path, monkeypatch):
+    (tmp_path / "skipped.txt").mkdir()  # as unwritable
+    sound = feed.Sound(Shelf(300, {5}), tmp_path / "skipped.txt", False)
+    with pytest.raises(UserError, match="skipped.txt cannot be written"):
+        sound[5]
 
 
 # Helpers

@@ -109,6 +109,16 @@ def test_an_image_may_be_named_by_its_path():
     assert check(paths, queries, pool) == check(rows, queries, pool)
 
 
+def test_captions_of_a_part_of_the_pool_are_judged_by_that_part():
+    rows, queries, pool = prose(600)
+    leaky = [{"image": target, "caption": text} for text, target in queries]
+    asked = [*queries, *((f"another thing {i}", f"silent{i}") for i in range(3000))]
+    every = [*pool, *(target for _, target in asked[len(queries) :])]
+    assert refusal(leaky, asked, every) == ["found", "copied"]
+    assert check(leaky, asked, every, allow=True) == check(leaky, queries, pool, allow=True)
+    assert "too few" in check(leaky[:100], asked, every, allow=True).figures()
+
+
 def test_in_few_candidates_only_what_can_be_told_is_told():
     for n, signs in ((100, []), (300, ["found"]), (500, ["found", "copied"])):
         rows, queries, pool = prose(n)

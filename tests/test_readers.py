@@ -277,6 +277,26 @@ def test_broken_captions_of_fashioniq_are_named_with_their_row(copy, harm, messa
         FashionIQCap(copy / "fashioniq")
 
 
+def test_where_train_captions_were_not_released_ours_are_learned_from(copy):
+    root = copy / "fashioniq"
+    for file in root.glob("next_llava.train.*"):
+        file.unlink()
+    pools = {
+        s: json.loads((root / f"image_splits/split.dress.{s}.json").read_text()) for s in ("train", "val")
+    }
+    rows = [
+        {"image": f"images/{name}.png", "caption": f"A {name}."} for pool in pools.values() for name in pool
+    ]
+    (root / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copy(root / "image_splits/split.dress.train.json", root / "image_splits/split.shirt.train.json")
+    data = FashionIQCap(root)
+    assert data.products == pools["train"]  # not val's, and those of two categories once
+    item = data[0]
+    assert (
+        item["text"] == f"A {data.products[0]}." and item["category"] == "dress" and item["image"].size[0] > 1
+    )
+
+
 def test_fashioniq_says_that_train_captions_were_never_released_and_where_the_rest_is(copy):
     for file in (copy / "fashioniq").glob("next_llava.*.shirt.*"):
         file.unlink()

@@ -200,6 +200,15 @@ def test_a_run_folder_in_use_by_another_process_is_refused_in_one_line(place, ca
     assert state(place / "first")["step"] == 2
 
 
+def test_a_run_folder_in_use_is_told_before_a_model_is_loaded(place, monkeypatch):
+    """Beside the run that works there it might not have room on the GPU."""
+    run("1 align", place, "run", 1)
+    runs._locks.clear()
+    monkeypatch.setattr(train_phase1, "load_public", lambda *_, **__: pytest.fail("loaded"))
+    with held(place / "run/lock"), pytest.raises(UserError, match="run is in use by another process"):
+        run("1 align", place, "run", 2, "--resume")
+
+
 def test_a_file_system_without_locks_is_told_as_such(tmp_path, monkeypatch):
     def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")

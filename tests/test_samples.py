@@ -129,12 +129,19 @@ def test_what_an_objective_leaves_out_is_not_made(place):
         assert made.keys() == always.union(*(keys for name, keys in parts.items() if name not in left))
 
 
-def test_triplets_whose_target_has_no_caption_are_left_out_unless_no_part_reads_one(place):
+def test_triplets_whose_target_has_no_caption_are_left_out_unless_no_part_reads_one(place, capsys):
     data, words = opened(place, COMPOSED), tokenizer("tiny", place / "weights")
     llm_words = llm_tokenizer("tiny", place / "weights")
     part = data["fashioniq"]
     part.captioned = part.captioned[::3]
-    assert Triplets(data, MINI, words, llm_words).targets() == part.products[::3]
+    with pytest.raises(
+        UserError, match="32 of 48 samples are missing or broken.*: their targets have no caption"
+    ):
+        Triplets(data, MINI, words, llm_words)
+    assert Triplets(data, MINI, words, llm_words, (), True).targets() == part.products[::3]
+    assert (
+        f"{len(part) - len(part.captioned)} of {len(part)} triplets are left out" in capsys.readouterr().err
+    )
     assert len(Triplets(data, MINI, words, None, ("itg", "caption"))) == len(part)
     part.captioned = []
     with pytest.raises(

@@ -169,6 +169,13 @@ def test_what_is_asked_of_a_run_that_goes_on_is_what_was_asked_before(place):
     assert not (place / "mistyped").exists()
 
 
+def test_a_default_that_is_said_is_no_other_flag(place):
+    run("2 cir", place, "run", 1, "--without", "itg,q2i")
+    run("2 cir", place, "run", 1, "--without", "itg,q2i", "--resume", "--lr", "0.001", "--batch-size", "4")
+    with pytest.raises(UserError, match="was started with cir lr 0.001, not 0.5: repeat"):
+        run("2 cir", place, "run", 1, "--without", "itg,q2i", "--resume", "--lr", "0.5")
+
+
 def test_a_run_of_phase_2_goes_on_with_its_own_tasks_and_parts(place):
     run("2 cir", place, "run", 1, "--without", "itg,q2i")
     for what, flags, told in (
@@ -829,6 +836,18 @@ def test_soft_prompts_start_as_large_as_words(dim, wide):
     soft = adapter(z).detach().flatten(0, 1)
     assert soft.std().item() == pytest.approx(0.02, rel=0.05)
     torch.testing.assert_close(soft.mean(0), torch.zeros(wide), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("what", ["1 caption", "1 generate"])
+def test_an_adapter_starts_from_what_the_frozen_qformer_says_without_dropout(what, place, monkeypatch):
+    started, real = [], train_phase1.start_adapter
+    monkeypatch.setattr(
+        train_phase1, "start_adapter", lambda *a, **kw: (started.append(a[1]), real(*a, **kw))[1]
+    )
+    for name, cfg in (("dropping", DROPPING), ("plain", MINI)):
+        monkeypatch.setitem(PRESETS, "tiny", cfg)
+        run(what, place, name, 1)
+    assert torch.equal(*started)
 
 
 @pytest.mark.parametrize("what", ["1 caption", "1 generate"])

@@ -4,6 +4,7 @@ An order is a function of (seed, epoch) alone, over the batches of all processes
 another number of processes, sees the same batches.
 """
 
+import itertools
 import signal
 import zlib
 from collections.abc import Callable, Iterator
@@ -66,12 +67,15 @@ class Sound(Dataset):
         raise UserError("not one sample can be read")
 
     def _skip(self, i: int, why: str) -> None:
-        line = f"{i}\t{why}"
-        known = set(self.log.read_text().splitlines()) if self.log.exists() else set()
-        if line not in known:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.log, "a") as file:
-                file.write(line + "\n")
+        line = f"{i}\t{' '.join(why.split())}"
+        try:
+            known = set(self.log.read_text().splitlines()) if self.log.exists() else set()
+            if line not in known:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.log, "a") as file:
+                    file.write(line + "\n")
+        except OSError as error:  # of one in a process that reads only the words would arrive
+            raise UserError(f"{self.log} cannot be written ({error.strerror})") from None
         bad = {line.partition("\t")[0] for line in known | {line}}
         check_share(len(bad), len(self.data), f"{why}; {self.log} names all", self.allow)
 
@@ -100,24 +104,44 @@ def batches(
            computes the same bits.
     """
     mine = (parallel.own(torch.tensor(indices)).tolist() for indices in order)
+
+    def read(batches: Iterator[list[int]]) -> DataLoader:
+        return DataLoader(samples, batch_sampler=batches, num_workers=workers, worker_init_fn=_heedless)
+
     if cache is None:
-        for batch in DataLoader(samples, batch_sampler=mine, num_workers=workers, worker_init_fn=_heedless):
+        for batch in read(mine):
             yield encode(shorten(batch))
         return
     known = cache.setdefault("known", torch.zeros(len(samples), dtype=torch.bool))
+    mine, ahead = itertools.tee(mine)
+    groups, loaded = _new_groups(ahead, known.clone()), None
+    del ahead  # once nothing is new, nobody looks ahead, and `mine` need not be remembered
     for indices in mine:
         rows = torch.tensor(indices)
         for first in sorted({i // GROUP * GROUP for i in rows[~known[rows]].tolist()}):
-            members = range(first, min(first + GROUP, len(samples)))
-            features = encode(torch.utils.data.default_collate([samples[i] for i in members]))
+            if loaded is None:  # no process reads where all is known already
+                loaded = iter(read(groups))
+            features = encode(next(loaded))
             for name, x in features.items():
                 x = x.to("cpu", torch.float16 if x.is_floating_point() else x.dtype)
+                if x.is_floating_point() and not x.isfinite().all():
+                    raise UserError(f"{name} is too large for the cache's float16: leave --cache out")
                 if name not in cache:  # pages that no sample has come to yet take no memory
                     cache[name] = torch.empty(len(samples), *x.shape[1:], dtype=x.dtype)
                 cache[name][first : first + GROUP] = x
             known[first : first + GROUP] = True
         kept = {name: x[rows] for name, x in cache.items() if name != "known"}
         yield shorten({name: x.float() if x.is_floating_point() else x for name, x in kept.items()})
+
+
+def _new_groups(batches: Iterator[list[int]], known: Tensor) -> Iterator[list[int]]:
+    """The groups that have to be read for `batches`, each once, in the order in which they are wanted. `known` (n,) is changed."""
+    for rows in map(torch.tensor, batches):
+        for first in sorted({i // GROUP * GROUP for i in rows[~known[rows]].tolist()}):
+            known[first : first + GROUP] = True
+            yield list(range(first, min(first + GROUP, len(known))))
+        if known.all():
+            return
 
 
 def _heedless(_: int) -> None:

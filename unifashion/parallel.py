@@ -78,24 +78,27 @@ def together(error: UserError | None = None) -> None:
 
 
 def tell(error: str) -> None:
-    """Print what ends the run: by the first process that meets it, and the others wait until it has, since torchrun ends all as
-    soon as one has left."""
-    first = True
-    if _notes is not None:
-        _notes.add("errors", 1)
-        first = _notes.add(f"met {error}", 1) == 1
+    """
+    Print what ends the run: by the first process that meets an error, and the others wait until it has, since torchrun ends
+    all as soon as one has left.
+    """
+    first = _notes is None
+    with suppress(RuntimeError):  # of a store that is gone, with the process that kept it and told
+        if _notes is not None:
+            first = _notes.add("errors", 1) == 1
+            if not first:
+                _notes.wait(["told"], timedelta(seconds=10))
     if first:  # the first process's progress bar may still stand on the line
         print("\n" * (rank() > 0) + error, file=sys.stderr, flush=True)
-    if _notes is not None and first:
-        _notes.set(f"told {error}", "")
-    elif _notes is not None:
-        with suppress(RuntimeError):  # the first was killed: then nobody tells
-            _notes.wait([f"told {error}"], timedelta(seconds=10))
+        if _notes is not None:
+            _notes.set("told", "")
 
 
 def follows() -> bool:
     """Whether another process has told an error: one that this process meets now is that it is gone."""
-    return _notes is not None and _notes.add("errors", 0) > 0
+    with suppress(RuntimeError):
+        return _notes is not None and _notes.add("errors", 0) > 0
+    return True  # the one that kept the notes is gone, too
 
 
 def share(batch: int) -> int:

@@ -68,6 +68,8 @@ def check_out(out: Path, resume: bool) -> None:
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"{out} cannot be made: {there} is not a folder that can be written")
+    if resume:  # before gigabytes are read beside those of the run that works there
+        lock(out)
 
 
 _locks: dict[Path, object] = {}  # files that stay open for as long as the process lives

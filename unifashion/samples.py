@@ -154,6 +154,7 @@ class Triplets(Dataset):
         words: WordPiece,
         llm_words: SentencePiece | None,
         without: tuple[str, ...] = (),
+        allow_missing: bool = False,
     ) -> None:
         self.cfg, self.words, self.without = cfg, words, without
         wants = not {"itg", "caption"} <= set(without)
@@ -164,6 +165,15 @@ class Triplets(Dataset):
                 f"no target of {', '.join(data)} has a caption: make them with infer.py caption --style fashioniq-cap "
                 "--image PATH/images --out PATH/captions.jsonl, or leave them out (--without itg,caption)"
             )
+        every = sum(map(len, data.values()))
+        if silent := every - len(self.rows):  # Table 5's rows are to be of the same triplets
+            check_share(
+                silent, every, "their targets have no caption, which infer.py caption writes", allow_missing
+            )
+            if rank() == 0:
+                print(
+                    f"{silent} of {every} triplets are left out: no caption of their targets", file=sys.stderr
+                )
         self.answer = Answer(cfg, llm_words, ["fashioniq-cap"]) if "itg" not in without else None
 
     def __len__(self) -> int:

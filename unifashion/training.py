@@ -177,7 +177,6 @@ def wide_attention(device: torch.device, dtype: str) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: what the user got wrong is one line on stderr and exit code 2."""
     try:
-        parallel.meet()
         main()
     except UserError as error:  # from a DataLoader's worker it comes with the worker's traceback before it
         told = str(error).strip().splitlines()[-1].removeprefix("unifashion.UserError: ")

@@ -161,7 +161,7 @@ def load_public(
     _fill(model, files, preset, device, dtype, llm_dtype or dtype)
     if writes:
         lora.inject(model.llama, model.cfg.lora)
-    return model
+    return model.eval()  # what learns is set to training by whoever trains it
 
 
 def load_unifashion(

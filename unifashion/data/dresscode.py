@@ -113,8 +113,9 @@ class DressCode:
         return {key: f"{category}/{name}" for key, name in names.items()}
 
     def missing(self) -> list[str]:
-        """Of each pair that lacks a file, the first that is not there, relative to the root."""
-        return absent(self.root, (self.paths(*row).values() for row in self.rows))
+        """Of each pair that lacks a file, the first that is not there, relative to the root; and the `uncaptioned`."""
+        told = [f"a caption of {cloth}" for cloth in self.uncaptioned]
+        return [*absent(self.root, (self.paths(*row).values() for row in self.rows)), *told]
 
 
 def part_colours(dense: Image.Image) -> Image.Image:

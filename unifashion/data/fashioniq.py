@@ -111,7 +111,8 @@ class FashionIQ:
 class FashionIQCap:
     """Items {"image": RGB, "text": caption, "path": relative to root, "product": id, "category", "text_guidance"}.
 
-    The text is the caption on one line, without the "**" that some have. All three categories, one after the other;
+    The text is the caption on one line, without the "**" that some have. In train, where nothing was released, they are those of
+    our captions.jsonl, if it is there. All three categories, one after the other;
     `products` has the id of each item. Raises UserError if captions or pictures are missing or damaged.
     """
 
@@ -124,16 +125,20 @@ class FashionIQCap:
         self.root = Path(root)
         files = {name: self.root / f"next_llava.{split}.{name}.caption.json" for name in CATEGORIES}
         lacks = [file.name for file in files.values() if not file.is_file()]
-        if lacks and split == "train":
+        own = bool(lacks) and split == "train" and (self.root / "captions.jsonl").is_file()
+        if lacks and split == "train" and not own:
             raise UserError(
                 f"{self.root} lacks {', '.join(lacks)}: Fashion-IQ-Cap's train captions were never released, "
-                "only val; or use --data toy."
+                "only val; infer.py caption writes others (captions.jsonl); or use --data toy."
             )
-        if lacks or not (self.root / "images").is_dir():
+        if (lacks and not own) or not (self.root / "images").is_dir():
             raise UserError(
-                f"{self.root} lacks {', '.join(lacks) or 'images/'}: {self.SOURCE}, or use --data toy."
+                f"{self.root} lacks {', '.join(lacks if not own else []) or 'images/'}: {self.SOURCE}, or use --data toy."
             )
-        self.rows = [(name, row) for name, file in files.items() for row in read_captions(file)]
+        if own:
+            self.rows = own_rows(self.root)
+        else:
+            self.rows = [(name, row) for name, file in files.items() for row in read_captions(file)]
         self.products = [row["image"] for _, row in self.rows]
 
     def __len__(self) -> int:
@@ -231,6 +236,16 @@ def read_captions(file: Path) -> list[dict]:
         clean.append(row | {"caption": caption})
     refuse_repeated(file, (row["image"] for row in clean))
     return clean
+
+
+def own_rows(root: Path) -> list[tuple[str, dict]]:
+    """captions.jsonl as (category, row of Fashion-IQ-Cap): of pictures of the split train alone, each once."""
+    captions, rows = read_jsonl_captions(root / "captions.jsonl"), {}
+    for category in CATEGORIES:
+        for name in read_pool(root / f"image_splits/split.{category}.train.json"):
+            if name in captions and name not in rows:
+                rows[name] = (category, {"image": name, "caption": captions[name], "text_guidance": ""})
+    return list(rows.values())
 
 
 def read_jsonl_captions(file: Path) -> dict[str, str]:

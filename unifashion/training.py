@@ -74,7 +74,10 @@ def common_arguments(parser: argparse.ArgumentParser, defaults: dict[str, dict[s
     g.add_argument(
         "--allow-missing", action="store_true", help="go on though more than 1%% of the pictures are missing"
     )
-    g = parser.add_argument_group("optimisation, a single stage or task at a time")
+    g = parser.add_argument_group(
+        "optimisation, a single stage or task at a time",
+        "The defaults of full are the paper's (appendix B), else the official code's.",
+    )
     g.add_argument("--steps", type=int, help=each("steps"))
     g.add_argument("--epochs", type=int, help=f"instead of --steps; {each('epochs')}")
     g.add_argument("--batch-size", type=int, help=f"of all processes together; {each('batch_size')}")

@@ -60,8 +60,8 @@ RUN = 3  # words in a row
 class Leak:
     """What `check` found; shares in %. No reasons: nothing to be said against these captions."""
 
-    candidates: int
-    queries: int
+    candidates: int  # that have a caption
+    queries: int  # of their targets
     guided: int  # candidates with a row that has a text_guidance
     recall10: float  # of BM25, from the query's text to the captions
     recall50: float
@@ -87,7 +87,7 @@ class Leak:
 def check(rows: list[dict], queries: list[tuple[str, str]], pool: list[str], allow: bool = False) -> Leak:
     """
     rows     of the file of captions: {"image": id, or path whose stem it is, "caption", maybe "text_guidance"}; those of
-             images that are not in the pool are not looked at
+             images that are not in the pool are not looked at, nor are candidates without a caption
     queries  (text, id of the target)
     pool     ids of all candidates
 

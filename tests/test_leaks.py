@@ -110,7 +110,7 @@ def test_an_image_may_be_named_by_its_path():
 
 
 def test_captions_of_a_part_of_the_pool_are_judged_by_that_part():
-    rows, queries, pool = prose(600)
+    rows, queries, pool = prose(750)  # of which 500 are captioned
     leaky = [{"image": target, "caption": text} for text, target in queries]
     asked = [*queries, *((f"another thing {i}", f"silent{i}") for i in range(3000))]
     every = [*pool, *(target for _, target in asked[len(queries) :])]
@@ -120,13 +120,13 @@ def test_captions_of_a_part_of_the_pool_are_judged_by_that_part():
 
 
 def test_in_few_candidates_only_what_can_be_told_is_told():
-    for n, signs in ((100, []), (300, ["found"]), (500, ["found", "copied"])):
+    for n, signs in ((100, []), (300, ["found"]), (750, ["found", "copied"])):  # two thirds are captioned
         rows, queries, pool = prose(n)
         leaky = [{"image": target, "caption": text} for text, target in queries]
         assert refusal(leaky, queries, pool) == signs
         told = check(leaky, queries, pool, allow=True).figures()
         missing = [sign for sign in ("found", "copied") if sign not in signs]
-        assert ("too few" in told) == (n < 500) and f"by {' or '.join(missing)})" * bool(missing) in told
+        assert ("too few" in told) == (n < 750) and f"by {' or '.join(missing)})" * bool(missing) in told
 
 
 def test_of_few_queries_even_all_are_not_much():
@@ -210,7 +210,7 @@ def test_captions_of_none_of_the_candidates_are_not_said_to_be_honest():
         check([row | {"image": f"x{row['image']}"} for row in rows], queries, pool, allow=True)
     with pytest.raises(UserError, match="nothing to check"):
         check(rows, [("is red", "absent")], pool)
-    assert check(rows[:30], queries, pool).candidates == 50  # some may be missing
+    assert check(rows[:30], queries, pool).candidates == 30  # some may be missing
 
 
 def test_found_is_among_the_best_half_percent():
@@ -241,7 +241,7 @@ def test_the_command_refuses_and_lets_pass(tmp_path: Path, capsys: pytest.Captur
     assert run(tmp_path, bad) == 2
     out, err = capsys.readouterr()
     assert err.startswith("eval.leaks: refused: shirt: by the query's text alone") and err.count("\n") == 1
-    assert "found 100.0" in out
+    assert "400 candidates" in out and "found 99.2" in out
     assert run(tmp_path, bad, "--allow-leaky-captions") == 0
     assert capsys.readouterr() == (out + "they leak, and that is allowed\n", "")
 

@@ -558,7 +558,8 @@ def test_the_text_adapter_learns_at_a_tenth_of_the_rate_of_lora(place, groups):
 def test_only_in_bfloat16_on_a_cpu_does_attention_learn_in_float32(device, dtype, wide):
     q, k, v = (torch.randn(2, 3, 5, 4, generator=training.seeded("attention", i)) for i in range(3))
     mask = (torch.arange(5) < 4).expand(5, 5)
-    exact = F.scaled_dot_product_attention(q, k, v, mask)
+    fused = F.scaled_dot_product_attention
+    exact = fused(q, k, v, mask)
     training.wide_attention(torch.device(device), dtype)
     with torch.autocast("cpu", torch.bfloat16):
         seen, bias = [], torch.where(mask, 0.0, -torch.inf)
@@ -569,6 +570,8 @@ def test_only_in_bfloat16_on_a_cpu_does_attention_learn_in_float32(device, dtype
     assert frozen.dtype == torch.bfloat16  # what does not learn is as it was
     for y in seen:
         assert (y - exact).abs().max() < 1e-6 if wide else y.dtype == torch.bfloat16
+    q, k, v = (x.double() for x in (q, k, v))  # of what is wider already nothing is lost
+    assert torch.equal(F.scaled_dot_product_attention(q, k, v, mask), fused(q, k, v, mask))
 
 
 @pytest.mark.slow

@@ -168,10 +168,11 @@ def wide_attention(device: torch.device, dtype: str) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **how) -> Tensor:
         if not torch.is_grad_enabled():
             return _FUSED_ATTENTION(q, k, v, attn_mask, **how)
+        wide = torch.promote_types(q.dtype, torch.float32)
         if attn_mask is not None and attn_mask.is_floating_point():
-            attn_mask = attn_mask.float()
+            attn_mask = attn_mask.to(wide)
         with torch.autocast("cpu", enabled=False):
-            return _FUSED_ATTENTION(q.float(), k.float(), v.float(), attn_mask, **how).to(q.dtype)
+            return _FUSED_ATTENTION(q.to(wide), k.to(wide), v.to(wide), attn_mask, **how).to(q.dtype)
 
     if device.type == "cpu" and compute_dtype(device, dtype) == torch.bfloat16:
         F.scaled_dot_product_attention = attention

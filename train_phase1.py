@@ -68,6 +68,8 @@ def train(
     encode, loss_of = STAGES[stage]
     device = parallel.join(training.pick_device(args.device))
     training.wide_attention(device, args.dtype)
+    if args.compile:
+        training.check_compile(device, args.dtype)
     runs.check_out(out, resume)
     before = runs.asked_before(out, resume)
     init = init or before.get("init")
@@ -134,7 +136,7 @@ def train(
     if args.shard and parallel.world() > 1:
         parallel.shard(model.shards(), ("kv",))
     if args.compile and draws:
-        training.compile_parts(device, model.unet)
+        training.compile_parts(model.unet)
     # what learns, and how fast
     parameters = training.set_trainable(model, TRAINABLE[stage])
     training.train_mode(model, parameters)

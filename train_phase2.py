@@ -74,9 +74,9 @@ DEFAULTS = {
         "tryon": {"batch_size": 32, "lr": 1e-4, "epochs": None, "steps": 360_000},
     },
     "tiny": {
-        "retrieval": {"batch_size": 64, "lr": 3e-4, "epochs": None, "steps": 700},
-        "cir": {"batch_size": 32, "lr": 3e-4, "epochs": None, "steps": 2400},
-        "caption": {"batch_size": 32, "lr": 3e-4, "epochs": None, "steps": 3000},
+        "retrieval": {"batch_size": 64, "lr": 3e-4, "epochs": None, "steps": 600},
+        "cir": {"batch_size": 32, "lr": 3e-4, "epochs": None, "steps": 1800},
+        "caption": {"batch_size": 32, "lr": 3e-4, "epochs": None, "steps": 2400},
         "tryon": {"batch_size": 16, "lr": 1e-3, "epochs": None, "steps": 25_000},
     },
 }
@@ -101,6 +101,8 @@ def train(args: argparse.Namespace) -> bool:
     defaults, cfg, out = DEFAULTS[args.preset], PRESETS[args.preset], args.out
     device = parallel.join(training.pick_device(args.device))
     training.wide_attention(device, args.dtype)
+    if args.compile:
+        training.check_compile(device, args.dtype)
     runs.check_out(out, args.resume)
     before = runs.asked_before(out, args.resume)
     init = args.init or before.get("init")
@@ -182,7 +184,7 @@ def train(args: argparse.Namespace) -> bool:
         parallel.shard(model.shards(), ("kv",))
 
     if args.compile and draws:
-        training.compile_parts(device, model.unet, model.garment)
+        training.compile_parts(model.unet, model.garment)
     # what learns, and how fast
     table = {t: [p for p in TRAINABLE[t] if not (args.freeze_diffusion and p == "unet.*")] for t in tasks}
     parameters = training.set_trainable(model, sorted({p for t in tasks for p in table[t]}))

@@ -262,7 +262,7 @@ def test_compiled_a_run_learns_the_same_and_goes_on_without(what, place):
 def test_what_draws_is_compiled_and_evaluations_run_as_it_is_written(what, place, monkeypatch):
     eagerly, asked, compiled = training.eagerly, [], []
     monkeypatch.setattr(training, "eagerly", lambda flag: (asked.append(flag), eagerly(False))[1])
-    monkeypatch.setattr(training, "compile_parts", lambda _, *parts: compiled.extend(map(type, parts)))
+    monkeypatch.setattr(training, "compile_parts", lambda *parts: compiled.extend(map(type, parts)))
     run(what, place, "plain", 1)
     assert not compiled and not any(asked)
     run(what, place, "compiled", 1, "--compile")
@@ -291,11 +291,14 @@ def test_a_fresh_run_starts_from_the_first_process_and_a_resumed_one_from_its_ch
     assert sent[0] > 100 and sent[1] == 0
 
 
-def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+def test_nothing_is_compiled_without_a_compiler_or_into_wrong_gradients(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(UserError, match="--compile needs a C.. compiler where there is no GPU: install g"):
-        training.compile_parts(torch.device("cpu"), torch.nn.Linear(1, 1))
-    training.compile_parts(torch.device("cuda"), torch.nn.Linear(1, 1))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    with pytest.raises(UserError, match="^--compile needs a C.. compiler where there is no GPU: install g"):
+        training.check_compile(cpu, "auto")
+    with pytest.raises(UserError, match="^on a CPU --compile with --dtype bf16 computes wrong gradients: "):
+        training.check_compile(cpu, "bf16")
+    training.check_compile(cuda, "bf16")
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,10 @@ ADAMW = {
     "draws": {"weight_decay": 0.01, "betas": (0.9, 0.999)},
 }
 WARMUP = 0.05  # of the Q-Former's cosine
+DECAY = {
+    "full": 0.0,
+    "tiny": 0.25,
+}  # of the steps, at whose end the rate of what draws falls to 0: the paper's stays
 # lr (--lr, too) is the Q-Former's, of tryon that of what draws: there the Q-Former has cir's. Epochs and batches are the official code's, of tryon the paper's.
 DEFAULTS = {
     "full": {
@@ -196,7 +200,7 @@ def train(args: argparse.Namespace) -> bool:
         [
             {"params": list(reads.values()), "lr": lr["qformer"], "peak": lr["qformer"], **ADAMW["qformer"]},
             {"params": list(slow.values()), "peak": min(lr["qformer"], 2e-5), **ADAMW["qformer"]},
-            {"params": list(paints.values()), "peak": None, "lr": lr["draws"], **ADAMW["draws"]},
+            {"params": list(paints.values()), "peak": lr["draws"], **ADAMW["draws"]},
         ],
         fused=not args.shard,  # one kernel cannot have shards beside whole tensors
         foreach=False,
@@ -271,9 +275,12 @@ def train(args: argparse.Namespace) -> bool:
     clock, logged, shown = time.perf_counter(), state["step"], {}
     for step in bar:
         task = mix.next()
-        for group in optimizer.param_groups:
-            if group["peak"] is not None:
-                group["lr"] = group["peak"] * training.cosine(step, total, warmup=max(1, int(total * WARMUP)))
+        rises_and_falls = training.cosine(step, total, warmup=max(1, int(total * WARMUP)))
+        stays = training.constant(step, total, decay=DECAY[args.preset])
+        for group, factor in zip(
+            optimizer.param_groups, (rises_and_falls, rises_and_falls, stays), strict=True
+        ):
+            group["lr"] = group["peak"] * factor
         for p in paints.values():  # other tasks draw, too, but only the Q-Former learns by it
             p.requires_grad_(task == "tryon")
         learning = list(parameters.values() if task == "tryon" else {**reads, **slow}.values())
@@ -302,7 +309,7 @@ def train(args: argparse.Namespace) -> bool:
             watch.check()
             seconds = round((time.perf_counter() - clock) / (step + 1 - logged), 3)
             logged, shown = step + 1, {}
-            rates = {"lr": optimizer.param_groups[0]["lr"], "lr draws": lr["draws"]}
+            rates = {"lr": optimizer.param_groups[0]["lr"], "lr draws": optimizer.param_groups[2]["lr"]}
             runs.log_line(
                 out, step=step, **row, **rates, norms=[round(n, 3) for n in norms.tolist()], seconds=seconds
             )

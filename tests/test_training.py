@@ -65,7 +65,7 @@ def test_the_table_at_the_top_says_what_learns(what, place, watched):
 
 
 def test_in_a_mixed_run_each_task_moves_its_own_parts_at_its_own_rate(place, watched):
-    """The rate of what draws is fixed, that of the Q-Former rises and falls, that of its temperature less high."""
+    """The rate of what draws falls at the end, that of the Q-Former rises and falls, that of its temperature less high."""
     run("2 mixed", place, "run", 8)
     assert len(watched["moved"]) == 8
     for task, parts in watched["moved"]:
@@ -76,7 +76,7 @@ def test_in_a_mixed_run_each_task_moves_its_own_parts_at_its_own_rate(place, wat
     assert reads == pytest.approx([1e-3 * x for x in share]) and slow == pytest.approx(
         [2e-5 * x for x in share]
     )
-    assert set(paints) == {1e-3}
+    assert paints == pytest.approx([1e-3] * 7 + [0.5e-3])
 
 
 @pytest.mark.parametrize("what", ["2 retrieval", "2 cir", "2 caption"])
@@ -163,7 +163,7 @@ def test_the_temperature_learns_at_the_official_rate_however_fast_the_rest(place
     assert [(len(g["params"]) == 1, g["peak"]) for g in groups] == [(False, 0.01), (True, 2e-5)]
     groups.clear()
     run("2 cir", place, "cir", 1, "--lr", "0.01")
-    assert [(len(g["params"]), g["peak"]) for g in groups[1:]] == [(1, 2e-5), (0, None)]
+    assert [(len(g["params"]), g["peak"]) for g in groups[1:]] == [(1, 2e-5), (0, 1e-3)]
     assert groups[0]["peak"] == 0.01
 
 
@@ -172,6 +172,12 @@ def test_in_phase_1_the_rate_follows_a_cosine_but_of_what_draws(what, place, wat
     run(what, place, "run", 4)
     share = [1.0 if what == "1 generate" else training.cosine(step, 4, 1) for step in range(4)]
     assert [rates[0] for rates in watched["rates"]] == pytest.approx([1e-3 * x for x in share])
+
+
+def test_the_rate_of_what_draws_is_the_papers_and_stays_but_for_tinys_end():
+    assert train_phase2.DECAY["full"] == 0
+    assert [training.constant(step, 4, 0.0) for step in range(4)] == [1.0] * 4
+    assert [training.constant(step, 8, 0.5) for step in range(8)] == [1.0] * 5 + [0.75, 0.5, 0.25]
 
 
 def test_accumulated_batches_count_by_their_mean(place, monkeypatch):

@@ -291,6 +291,11 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def constant(step: int, steps: int, decay: float) -> float:
+    """The factor of the learning rate: 1, but over the last `decay` (a share) of the steps it falls linearly to 0."""
+    return min(1.0, (steps - step) / max(1, steps * decay))
+
+
 def backward_apart(losses: dict[str, Tensor], parameters: list[nn.Parameter], share: float) -> Tensor:
     """
     Add each loss's gradient to `.grad`, averaged over the processes, clipped to norm 1 on its own and times `share`.

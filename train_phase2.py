@@ -65,10 +65,8 @@ ADAMW = {
     "draws": {"weight_decay": 0.01, "betas": (0.9, 0.999)},
 }
 WARMUP = 0.05  # of the Q-Former's cosine
-DECAY = {
-    "full": 0.0,
-    "tiny": 0.25,
-}  # of the steps, at whose end the rate of what draws falls to 0: the paper's stays
+# The share of the steps, at the end, in which the rate of what draws falls to 0. The paper's is fixed to the end.
+DECAY = {"full": 0.0, "tiny": 0.25}
 # lr (--lr, too) is the Q-Former's, of tryon that of what draws: there the Q-Former has cir's. Epochs and batches are the official code's, of tryon the paper's.
 DEFAULTS = {
     "full": {
@@ -275,11 +273,9 @@ def train(args: argparse.Namespace) -> bool:
     clock, logged, shown = time.perf_counter(), state["step"], {}
     for step in bar:
         task = mix.next()
-        rises_and_falls = training.cosine(step, total, warmup=max(1, int(total * WARMUP)))
-        stays = training.constant(step, total, decay=DECAY[args.preset])
-        for group, factor in zip(
-            optimizer.param_groups, (rises_and_falls, rises_and_falls, stays), strict=True
-        ):
+        reading = training.cosine(step, total, warmup=max(1, int(total * WARMUP)))
+        drawing = training.constant(step, total, decay=DECAY[args.preset])
+        for group, factor in zip(optimizer.param_groups, (reading, reading, drawing), strict=True):
             group["lr"] = group["peak"] * factor
         for p in paints.values():  # other tasks draw, too, but only the Q-Former learns by it
             p.requires_grad_(task == "tryon")

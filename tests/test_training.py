@@ -677,6 +677,8 @@ def test_no_sample_that_is_learned_from_is_among_those_that_choose_the_best(what
         (1, ["--data", "toy", "--stage", "align", "--lr", "nan"], "--lr is nan"),
         (1, ["--data", "toy", "--stage", "align", "--lr", "inf"], "--lr is inf"),
         (1, ["--data", "toy", "--step", "5"], "unrecognized arguments: --step 5"),
+        (1, ["--data", "toy", "--device", "cpu", "--dtype", "bf16", "--compile"], "computes wrong gradients"),
+        (2, ["--data", "toy", "--device", "cpu", "--dtype", "bf16", "--compile"], "computes wrong gradients"),
         (2, ["--data", "toy", "--lr", "0.1"], "name one with --task"),
         (2, ["--data", "toy", "--task", "cir", "tryon", "--steps", "4"], "name one with --task"),
         (2, ["--data", "fashion200k=TOY/fashion200k", "--task", "cir"], "--task cir wants data: one of toy, fashioniq"),

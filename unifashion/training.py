@@ -69,7 +69,7 @@ def common_arguments(parser: argparse.ArgumentParser, defaults: dict[str, dict[s
     g.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile for the U-Net and the garment encoder: minutes at first, then faster steps",
+        help="torch.compile for the U-Net and the garment encoder: minutes before the first step; on a CPU in fp32 alone",
     )
     g.add_argument(
         "--allow-missing", action="store_true", help="go on though more than 1%% of the pictures are missing"

@@ -69,7 +69,7 @@ def train(
     device = parallel.join(training.pick_device(args.device))
     training.wide_attention(device, args.dtype)
     if args.compile:
-        training.check_compile(device, args.dtype)
+        training.check_compile(device)
     runs.check_out(out, resume)
     before = runs.asked_before(out, resume)
     init = init or before.get("init")

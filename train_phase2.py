@@ -104,7 +104,7 @@ def train(args: argparse.Namespace) -> bool:
     device = parallel.join(training.pick_device(args.device))
     training.wide_attention(device, args.dtype)
     if args.compile:
-        training.check_compile(device, args.dtype)
+        training.check_compile(device)
     runs.check_out(out, args.resume)
     before = runs.asked_before(out, args.resume)
     init = args.init or before.get("init")

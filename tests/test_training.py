@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shutil
+from functools import partialmethod
 
 import pytest
 import torch
@@ -251,15 +252,19 @@ def test_only_in_bfloat16_on_a_cpu_does_attention_learn_in_float32(device, dtype
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["1 generate", "2 tryon"])
-def test_compiled_a_run_learns_the_same_and_goes_on_without(what, place):
+@pytest.mark.parametrize("what", ["2 tryon"])
+def test_compiled_a_run_learns_the_same_and_goes_on_without(what, place, monkeypatch):
+    """Without inductor's code for CPUs, which is refused: what is traced, and its gradients, are the same for every backend."""
+    compiles, seen = torch.nn.Module.compile, []
+    monkeypatch.setattr(training, "check_compile", lambda device: seen.append(device))
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compiles, backend="aot_eager"))
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
         run(what, place, name, 2, "--eval-every", "1", *flags)
     for one, other in zip(*(metrics(place / name) for name in ("plain", "compiled")), strict=True):
         assert one.keys() == other.keys()
         told = [k for k in one if k.split()[-1] in ("q2I", "val")]
         assert all(one[k] == pytest.approx(other[k], abs=1e-3) for k in told), (one, other)
-    assert learned(place / "plain").keys() == learned(place / "compiled").keys()
+    assert seen and learned(place / "plain").keys() == learned(place / "compiled").keys()
     run(what, place, "compiled", 3, "--resume", "--steps", "3")
     assert state(place / "compiled")["step"] == 3
 
@@ -268,6 +273,7 @@ def test_compiled_a_run_learns_the_same_and_goes_on_without(what, place):
 def test_what_draws_is_compiled_and_evaluations_run_as_it_is_written(what, place, monkeypatch):
     eagerly, asked, compiled = training.eagerly, [], []
     monkeypatch.setattr(training, "eagerly", lambda flag: (asked.append(flag), eagerly(False))[1])
+    monkeypatch.setattr(training, "check_compile", lambda device: None)
     monkeypatch.setattr(training, "compile_parts", lambda *parts: compiled.extend(map(type, parts)))
     run(what, place, "plain", 1)
     assert not compiled and not any(asked)
@@ -297,14 +303,12 @@ def test_a_fresh_run_starts_from_the_first_process_and_a_resumed_one_from_its_ch
     assert sent[0] > 100 and sent[1] == 0
 
 
-def test_nothing_is_compiled_without_a_compiler_or_into_wrong_gradients(monkeypatch):
-    monkeypatch.setenv("PATH", "/nonexistent")
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    with pytest.raises(UserError, match="^--compile needs a C.. compiler where there is no GPU: install g"):
-        training.check_compile(cpu, "auto")
-    with pytest.raises(UserError, match="^on a CPU --compile with --dtype bf16 computes wrong gradients: "):
-        training.check_compile(cpu, "bf16")
-    training.check_compile(cuda, "bf16")
+def test_nothing_is_compiled_on_a_cpu():
+    with pytest.raises(
+        UserError, match="^--compile is for CUDA: on a CPU it is slower in fp32 and computes wrong "
+    ):
+        training.check_compile(torch.device("cpu"))
+    training.check_compile(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -677,8 +681,8 @@ def test_no_sample_that_is_learned_from_is_among_those_that_choose_the_best(what
         (1, ["--data", "toy", "--stage", "align", "--lr", "nan"], "--lr is nan"),
         (1, ["--data", "toy", "--stage", "align", "--lr", "inf"], "--lr is inf"),
         (1, ["--data", "toy", "--step", "5"], "unrecognized arguments: --step 5"),
-        (1, ["--data", "toy", "--device", "cpu", "--dtype", "bf16", "--compile"], "computes wrong gradients"),
-        (2, ["--data", "toy", "--device", "cpu", "--dtype", "bf16", "--compile"], "computes wrong gradients"),
+        (1, ["--data", "toy", "--device", "cpu", "--compile"], "--compile is for CUDA"),
+        (2, ["--data", "toy", "--device", "cpu", "--compile"], "--compile is for CUDA"),
         (2, ["--data", "toy", "--lr", "0.1"], "name one with --task"),
         (2, ["--data", "toy", "--task", "cir", "tryon", "--steps", "4"], "name one with --task"),
         (2, ["--data", "fashion200k=TOY/fashion200k", "--task", "cir"], "--task cir wants data: one of toy, fashioniq"),

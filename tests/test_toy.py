@@ -267,7 +267,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(toy, "write_tables", full)
-    monkeypatch.setattr(sys, "argv", ["toy", "--out", str(tmp_path / "toy"), "--train", "1", "--val", "0"])
+    monkeypatch.setattr(sys, "argv", ["toy", "--out", str(tmp_path / "toy"), "--train", "1", "--val", "0", "--test", "0"])
     with pytest.raises(SystemExit) as left:
         toy.main()
     told = capsys.readouterr().err.splitlines()

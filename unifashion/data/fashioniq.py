@@ -72,6 +72,7 @@ class FashionIQ:
                 if row.category == name and strange:
                     raise UserError(f"{files[name]}: {min(strange)} is not in {splits[name].name}")
         self.products = [row.target or "" for row in self.rows]
+        self.references = [row.reference for row in self.rows]
         self.captions = self.read_own_captions(split)
         self.captioned = [i for i, row in enumerate(self.rows) if row.target in self.captions]
 
@@ -239,11 +240,18 @@ def read_captions(file: Path) -> list[dict]:
 
 
 def own_rows(root: Path) -> list[tuple[str, dict]]:
-    """captions.jsonl as (category, row of Fashion-IQ-Cap): of pictures of the split train alone, each once."""
+    """
+    captions.jsonl as (category, row of Fashion-IQ-Cap): of pictures of the split train alone, each once. 811 of these are in val's
+    or test's pool of another category, too, and left out: what is evaluated on is not learned from.
+    """
     captions, rows = read_jsonl_captions(root / "captions.jsonl"), {}
+    splits = root / "image_splits"
+    evaluated = {
+        n for split in ("val", "test") for f in splits.glob(f"split.*.{split}.json") for n in read_pool(f)
+    }
     for category in CATEGORIES:
-        for name in read_pool(root / f"image_splits/split.{category}.train.json"):
-            if name in captions and name not in rows:
+        for name in read_pool(splits / f"split.{category}.train.json"):
+            if name in captions and name not in rows and name not in evaluated:
                 rows[name] = (category, {"image": name, "caption": captions[name], "text_guidance": ""})
     return list(rows.values())
 

@@ -7,7 +7,7 @@ generate   q2I                        Eq. 7     the adapters and the U-Net learn
     python train_phase1.py --data fashiongen fashion200k --out runs/phase1
     torchrun --nproc-per-node 8 train_phase1.py --data fashiongen --stage align --out runs/align
 
-The defaults of the full size are the paper's; those of the tiny preset are what its weights were trained with.
+Defaults: full, the paper's or the official code's; tiny, chosen for two CPU cores.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from unifashion import Parser, UserError, feed, objectives, parallel, runs, shee
 from unifashion.config import PRESETS
 from unifashion.model import UniFashion, start_adapter
 from unifashion.samples import TEXTS, Answers, Pairs, names, open_data, products
-from weights.load import PUBLIC_PARTS, check_public, company, llm_tokenizer, load_public, tokenizer
+from weights.load import PUBLIC_PARTS, check_public, frozen_hashes, llm_tokenizer, load_public, tokenizer
 
 TRAINABLE = {  # everything else is frozen; a test holds every parameter to this
     "align": ["qformer.*"],  # with ln_vision, query tokens, projections, ITM head, temperature
@@ -39,10 +39,15 @@ STAGES = {  # the frozen half, and the losses of the rest
     "generate": (objectives.encode_generate, objectives.generate),
 }
 ADAMW = {
-    "align": {"weight_decay": 0.05, "betas": (0.9, 0.98), "warmup": 0.05},
-    "caption": {"weight_decay": 0.0, "betas": (0.9, 0.99), "warmup": 0.03},
-    "generate": {"weight_decay": 0.01, "betas": (0.9, 0.999), "warmup": None},  # a fixed rate
+    "align": training.ADAMW["qformer"],
+    "caption": {"weight_decay": 0.0, "betas": (0.9, 0.99)},
+    "generate": training.ADAMW["diffusion"],
 }
+WARMUP = {
+    "align": 0.05,
+    "caption": 0.03,
+    "generate": None,
+}  # share of the steps, then a cosine; None: a constant rate
 DEFAULTS = {
     "full": {  # align: the official code's; caption, generate: the paper's appendix B, caption's epochs the code's
         "align": {"batch_size": 128, "lr": 2e-5, "epochs": 10, "steps": None},
@@ -61,13 +66,10 @@ def train(
     stage: str, args: argparse.Namespace, init: Path | None, out: Path, resume: bool, stop: training.Stop
 ) -> bool:
     """-> whether it came to its end: False where it was asked to stop before."""
-    hparams = {
-        k: v if getattr(args, k, None) is None else getattr(args, k)
-        for k, v in {**DEFAULTS[args.preset][stage], **ADAMW[stage]}.items()
-    }
+    hparams = training.override(DEFAULTS[args.preset][stage], args)
     encode, loss_of = STAGES[stage]
     device = parallel.join(training.pick_device(args.device))
-    training.wide_attention(device, args.dtype)
+    training.float32_attention(device, args.dtype)
     if args.compile:
         training.check_compile(device)
     runs.check_out(out, resume)
@@ -87,11 +89,11 @@ def train(
     data = open_data(args.data, TEXTS, args.allow_missing)
     samples = Answers(data, cfg, words) if writes else Pairs(data, cfg, words, draws)
     train_set, val_set = (
-        feed.Sound(samples, out / "skipped.txt", args.allow_missing, part)
+        feed.Readable(samples, out / "skipped.txt", args.allow_missing, part)
         for part in feed.held_out(products(data))
     )
     steps = training.planned_steps(args, hparams, len(train_set), before)
-    few = parallel.few(size, len(val_set))
+    val_batch = parallel.val_batch(size, len(val_set))
 
     # model
     torch.manual_seed(args.seed)  # what no file holds starts random
@@ -107,12 +109,11 @@ def train(
         raise UserError(
             f"of preset {args.preset} no file holds a Q-Former: --init wants a run of stage align or later"
         )
-    files = company(args.preset, args.weights)
+    files = frozen_hashes(args.preset, args.weights)
     config = {**vars(args), **hparams, "stage": stage, "steps": steps, "init": init, "company": files}
-    config["samples"] = len(train_set)
-    if (
-        args.stage == "all" and not fresh
-    ):  # not asked: it is where the stage before lies, which may have moved
+    config |= {**ADAMW[stage], "warmup": WARMUP[stage], "samples": len(train_set)}
+    # Under --stage all, init is the previous stage's folder. It may have moved, so it is not compared.
+    if args.stage == "all" and not fresh:
         config["init"] = before.get("init")
     runs.start_run(out, config, resume)
 
@@ -127,30 +128,32 @@ def train(
         order = feed.batch_order(len(train_set), size, args.seed, 0, 8)
         with training.autocast(device, args.dtype):
             z = parallel.gather(torch.cat([batch["z"] for batch in stream(train_set, order)]))
-        if writes:  # soft prompts as large as words, in which small differences, too, are heard
+        if writes:  # soft prompts as large as the embeddings of words; `floor` keeps small differences
             as_words = float(model.llama.embed.weight.detach().float().std())
             start_adapter(model.text_adapter, z, as_words, floor=1e-4)
         else:
             start_adapter(model.image_adapter, z)
-    parallel.same(model.parameters() if fresh else ())
+    parallel.broadcast_(model.parameters() if fresh else ())
     if args.shard and parallel.world() > 1:
-        parallel.shard(model.shards(), ("kv",))
+        parallel.shard(model.shards())
     if args.compile and draws:
         training.compile_parts(model.unet)
     # what learns, and how fast
     parameters = training.set_trainable(model, TRAINABLE[stage])
     training.train_mode(model, parameters)
-    # A temperature that follows a large rate sharpens ITC until ITM's gradient is lost beside it. Soft prompts start as what
-    # the LLM can read, and the rate that LoRA needs would stir that: a tenth, as LLaVA gives its projector beside LoRA.
+    # Soft prompts start as what the LLM can read, and the rate that LoRA needs would spoil that: a tenth, as LLaVA gives its
+    # projector beside LoRA.
     lr = hparams["lr"]
-    slower = {"qformer.temp": min(lr, 2e-5), "text_adapter.weight": lr / 10, "text_adapter.bias": lr / 10}
+    slower = {
+        "qformer.temp": min(lr, training.TEMPERATURE_LR),
+        "text_adapter.weight": lr / 10,
+        "text_adapter.bias": lr / 10,
+    }
     groups = [{"params": [p], "peak": slower[name]} for name, p in parameters.items() if name in slower]
     groups = [{"params": [p for name, p in parameters.items() if name not in slower], "peak": lr}, *groups]
     optimizer = torch.optim.AdamW(
         groups,
-        lr=lr,
-        betas=hparams["betas"],
-        weight_decay=hparams["weight_decay"],
+        **ADAMW[stage],
         fused=not args.shard,  # one kernel cannot have shards beside whole tensors
         foreach=False,
     )
@@ -164,16 +167,17 @@ def train(
 
     @torch.no_grad()
     def evaluate() -> float:
+        """The sum of the losses, mean over four fixed batches of held-out products, with fixed noise and hard negatives."""
         model.eval()
         values = []
         path = out / "samples" / f"{state['step']:06}"
-        order = feed.batch_order(len(val_set), few * parallel.world(), 0, 0, 4)
+        order = feed.batch_order(len(val_set), val_batch * parallel.world(), 0, 0, 4)
         with training.autocast(device, args.dtype):
             for i, batch in enumerate(stream(val_set, order, kept)):
-                lots = training.Lots(f"val {stage}", 0, i, few, device)
-                values.append(sum(loss_of(model, batch, lots, 1.0).values()))
-            eight = next(feed.batch_order(len(val_set), min(8, len(val_set)), 0, 0, 1))
-            batch = next(stream(val_set, iter([eight * parallel.world()]), kept))  # the same in every process
+                rng = training.BatchRNG(f"val {stage}", 0, i, val_batch, device)
+                values.append(sum(loss_of(model, batch, rng, 1.0).values()))
+            shown = next(feed.batch_order(len(val_set), min(8, len(val_set)), 0, 0, 1))
+            batch = next(stream(val_set, iter([shown * parallel.world()]), kept))  # the same in every process
             if writes:
                 sheets.save_captions(model, words, batch["z"], batch, path.with_suffix(".txt"))
             elif draws:
@@ -187,8 +191,8 @@ def train(
     # the loop
     keeps = args.cache and feed.come_again(steps * accumulate * size, len(train_set))
     feeder = stream(train_set, order, {} if keeps else None)
-    watch = runs.Watch(out, {stage: names(data)}, device)
-    stop.heed()
+    watch = runs.NaNWatch(out, {stage: names(data)}, device)
+    stop.install()
     bar = tqdm(
         range(state["step"], steps), desc=stage, initial=state["step"], total=steps, mininterval=1,
         disable=parallel.rank() > 0,
@@ -196,17 +200,17 @@ def train(
     clock, logged = time.perf_counter(), state["step"]
     for step in bar:
         rate = 1.0
-        if hparams["warmup"] is not None:
-            rate = training.cosine(step, steps, warmup=max(1, int(steps * hparams["warmup"])))
+        if WARMUP[stage] is not None:
+            rate = training.cosine(step, steps, warmup=max(1, int(steps * WARMUP[stage])))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         for micro in range(step * accumulate, (step + 1) * accumulate):
             with training.autocast(device, args.dtype):
                 batch = next(feeder)
-                torch.manual_seed(parallel.apart(args.seed + micro))  # of dropout: by the step alone
-                lots = training.Lots(stage, args.seed, micro, b, device)
-                parts = loss_of(model, batch, lots, step / steps)
-            norms = training.backward_apart(parts, list(parameters.values()), 1 / accumulate)
+                torch.manual_seed(parallel.rank_seed(args.seed + micro))  # of dropout: by the step alone
+                rng = training.BatchRNG(stage, args.seed, micro, b, device)
+                parts = loss_of(model, batch, rng, step / steps)
+            norms = training.clipped_backward(parts, list(parameters.values()), 1 / accumulate)
             watch.see(step, stage, parts, norms, batch["index"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

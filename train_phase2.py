@@ -42,15 +42,15 @@ from unifashion.samples import (
     products,
 )
 from unifashion.tokenizers import SentencePiece, WordPiece
-from weights.load import PUBLIC_PARTS, company, llm_tokenizer, load_public, tokenizer
+from weights.load import PUBLIC_PARTS, frozen_hashes, llm_tokenizer, load_public, tokenizer
 
 QFORMER = ["qformer.*"]  # with ln_vision, query tokens, projections, ITM head, temperature
-DRAWS = ["image_adapter.*", "style_adapter.*", "null_context", "unet.*", "garment.*"]
+DIFFUSION = ["image_adapter.*", "style_adapter.*", "null_context", "unet.*", "garment.*"]
 TRAINABLE = {  # everything else is frozen, the LLM with its LoRA and adapter always; a test holds every parameter to this
     "retrieval": QFORMER,
     "cir": QFORMER,
     "caption": QFORMER,
-    "tryon": [*QFORMER, *DRAWS],
+    "tryon": [*QFORMER, *DIFFUSION],
 }
 TASKS = {  # data, the frozen half, the losses
     "retrieval": (TEXTS, objectives.encode_picture, objectives.cross),
@@ -59,15 +59,11 @@ TASKS = {  # data, the frozen half, the losses
     "tryon": (PERSONS, objectives.encode_tryon, objectives.tryon),
 }
 PARTS = ("itg", "q2i", "caption")  # of Eq. 13, which --without leaves out
-# AdamW of the Q-Former is the official code's, that of what draws the paper's appendix B, which has a fixed rate.
-ADAMW = {
-    "qformer": {"weight_decay": 0.05, "betas": (0.9, 0.98)},
-    "draws": {"weight_decay": 0.01, "betas": (0.9, 0.999)},
-}
-WARMUP = 0.05  # of the Q-Former's cosine
-# The share of the steps, at the end, in which the rate of what draws falls to 0. The paper's is fixed to the end.
+WARMUP = 0.05  # share of the steps, before the Q-Former's cosine
+# Share of the steps, at the end, over which the diffusion side's learning rate falls to 0. The paper's is constant.
 DECAY = {"full": 0.0, "tiny": 0.25}
-# lr (--lr, too) is the Q-Former's, of tryon that of what draws: there the Q-Former has cir's. Epochs and batches are the official code's, of tryon the paper's.
+# lr (and --lr) is the Q-Former's, but tryon's is the diffusion side's. The Q-Former has one rate: that of the first task beside
+# tryon, or cir's default if tryon trains alone. Epochs and batches: the official code's; tryon's: the paper's.
 DEFAULTS = {
     "full": {
         "retrieval": {"batch_size": 128, "lr": 2e-5, "epochs": 10, "steps": None},
@@ -85,7 +81,7 @@ DEFAULTS = {
 
 
 class Mix:
-    """Which task has its turn: of step s, the one that is furthest behind its share of s + 1 steps."""
+    """Deterministic interleaving: each step goes to the task furthest behind its share, steps[t] / total, of the steps so far."""
 
     def __init__(self, steps: dict[str, int]) -> None:
         self.steps, self.total = steps, sum(steps.values())
@@ -102,7 +98,7 @@ def train(args: argparse.Namespace) -> bool:
     """-> whether it came to its end: False where it was asked to stop before."""
     defaults, cfg, out = DEFAULTS[args.preset], PRESETS[args.preset], args.out
     device = parallel.join(training.pick_device(args.device))
-    training.wide_attention(device, args.dtype)
+    training.float32_attention(device, args.dtype)
     if args.compile:
         training.check_compile(device)
     runs.check_out(out, args.resume)
@@ -112,13 +108,10 @@ def train(args: argparse.Namespace) -> bool:
         runs.model_file(Path(init))  # complains before gigabytes are read
     data = open_tasks(args)
     tasks, accumulate = list(data), args.accumulate
-    hparams = {
-        t: {k: getattr(args, k) if getattr(args, k, None) is not None else v for k, v in defaults[t].items()}
-        for t in tasks
-    }
+    hparams = {t: training.override(defaults[t], args) for t in tasks}
     lr = {
         "qformer": next((hparams[t]["lr"] for t in tasks if t != "tryon"), defaults["cir"]["lr"]),
-        "draws": hparams.get("tryon", defaults["tryon"])["lr"],
+        "diffusion": hparams.get("tryon", defaults["tryon"])["lr"],
     }
     size = {t: hparams[t]["batch_size"] for t in tasks}
     for task in {"retrieval", "cir"} & set(tasks):
@@ -131,16 +124,16 @@ def train(args: argparse.Namespace) -> bool:
     draws = "tryon" in tasks or ("cir" in tasks and "q2i" not in args.without)
     words = tokenizer(args.preset, args.weights)
     llm_words = llm_tokenizer(args.preset, args.weights) if writes else None
-    train_set, val_set, told, steps, few = {}, {}, {}, {}, {}
+    train_set, val_set, sample_names, steps, val_batch = {}, {}, {}, {}, {}
     for task in tasks:
-        samples, held, told[task] = samples_of(task, data[task], cfg, words, llm_words, args)
+        samples, held, sample_names[task] = samples_of(task, data[task], cfg, words, llm_words, args)
         train_set[task], val_set[task] = (
-            feed.Sound(samples, out / f"skipped.{task}.txt", args.allow_missing, part)
+            feed.Readable(samples, out / f"skipped.{task}.txt", args.allow_missing, part)
             for part in feed.held_out(held)
         )
         asked = {"steps": n} if (n := before.get("task_steps", {}).get(task)) else {}  # none: refused below
         steps[task] = training.planned_steps(args, hparams[task], len(train_set[task]), asked)
-        few[task] = parallel.few(size[task], len(val_set[task]))
+        val_batch[task] = parallel.val_batch(size[task], len(val_set[task]))
     total = sum(steps.values())
 
     # model
@@ -176,14 +169,14 @@ def train(args: argparse.Namespace) -> bool:
         "task_steps": steps,
         "samples": {t: len(train_set[t]) for t in tasks},
         "init": init,
-        "company": company(args.preset, args.weights),
+        "company": frozen_hashes(args.preset, args.weights),
     }
     runs.start_run(out, config, args.resume)
     if fresh and parallel.rank() == 0:
         tqdm.write(f"{', '.join(modules)} go on from {init}", file=sys.stderr)
-    parallel.same(model.parameters() if fresh else ())
+    parallel.broadcast_(model.parameters() if fresh else ())
     if args.shard and parallel.world() > 1:
-        parallel.shard(model.shards(), ("kv",))
+        parallel.shard(model.shards())
 
     if args.compile and draws:
         training.compile_parts(model.unet, model.garment)
@@ -191,19 +184,20 @@ def train(args: argparse.Namespace) -> bool:
     table = {t: [p for p in TRAINABLE[t] if not (args.freeze_diffusion and p == "unet.*")] for t in tasks}
     parameters = training.set_trainable(model, sorted({p for t in tasks for p in table[t]}))
     training.train_mode(model, parameters)
-    paints = {name: p for name, p in parameters.items() if not name.startswith("qformer.")}
-    slow = {"qformer.temp": parameters["qformer.temp"]}  # a sharper one starves ITM beside ITC
-    reads = {name: p for name, p in parameters.items() if name not in {**paints, **slow}}
+    diffusion = {name: p for name, p in parameters.items() if not name.startswith("qformer.")}
+    temperature = parameters["qformer.temp"]
+    qformer = [p for name, p in parameters.items() if name not in diffusion and p is not temperature]
+    slow_lr = min(lr["qformer"], training.TEMPERATURE_LR)
     optimizer = torch.optim.AdamW(
         [
-            {"params": list(reads.values()), "lr": lr["qformer"], "peak": lr["qformer"], **ADAMW["qformer"]},
-            {"params": list(slow.values()), "peak": min(lr["qformer"], 2e-5), **ADAMW["qformer"]},
-            {"params": list(paints.values()), "peak": lr["draws"], **ADAMW["draws"]},
+            {"params": qformer, "peak": lr["qformer"], **training.ADAMW["qformer"]},
+            {"params": [temperature], "peak": slow_lr, **training.ADAMW["qformer"]},
+            {"params": list(diffusion.values()), "peak": lr["diffusion"], **training.ADAMW["diffusion"]},
         ],
         fused=not args.shard,  # one kernel cannot have shards beside whole tensors
         foreach=False,
     )
-    ema = training.EMA(paints) if paints else None
+    ema = training.EMA(diffusion) if diffusion else None
     state = {"step": 0, "best": float("inf"), "modules": modules}
     if args.resume:
         state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, ema)
@@ -223,24 +217,27 @@ def train(args: argparse.Namespace) -> bool:
 
     @torch.no_grad()
     def evaluate() -> float:
-        """The geometric mean of the tasks' losses on what is held out: each counts by its own scale."""
+        """
+        The geometric mean over the tasks, since their losses differ in scale, of the sum of a task's losses: mean over four fixed
+        batches of held-out products, with fixed noise and hard negatives.
+        """
         model.eval()
         values = []
         for task in tasks:
             part = val_set[task]
-            order = feed.batch_order(len(part), few[task] * parallel.world(), 0, 0, 4)
+            order = feed.batch_order(len(part), val_batch[task] * parallel.world(), 0, 0, 4)
             with training.autocast(device, args.dtype):
                 losses = [
                     sum(
                         losses_of[task](
-                            model, batch, training.Lots(f"val {task}", 0, i, few[task], device), 1.0
+                            model, batch, training.BatchRNG(f"val {task}", 0, i, val_batch[task], device), 1.0
                         ).values()
                     )
                     for i, batch in enumerate(stream(task, part, order, kept[task]))
                 ]
-                eight = next(feed.batch_order(len(part), min(8, len(part)), 0, 0, 1))
+                shown = next(feed.batch_order(len(part), min(8, len(part)), 0, 0, 1))
                 batch = next(
-                    stream(task, part, iter([eight * parallel.world()]), kept[task])
+                    stream(task, part, iter([shown * parallel.world()]), kept[task])
                 )  # in every process
                 path = out / "samples" / f"{state['step']:06}.{task}.txt"
                 if task == "caption":
@@ -264,8 +261,8 @@ def train(args: argparse.Namespace) -> bool:
         order = feed.batch_order(len(train_set[task]), size[task], args.seed, first, last)
         keeps = args.cache and feed.come_again(last * size[task], len(train_set[task]))
         feeders[task] = stream(task, train_set[task], order, {} if keeps else None)
-    stop, watch = training.Stop(), runs.Watch(out, told, device)
-    stop.heed()
+    stop, watch = training.Stop(), runs.NaNWatch(out, sample_names, device)
+    stop.install()
     bar = tqdm(
         range(state["step"], total), initial=state["step"], total=total, mininterval=1, desc="+".join(tasks),
         disable=parallel.rank() > 0,
@@ -273,22 +270,23 @@ def train(args: argparse.Namespace) -> bool:
     clock, logged, shown = time.perf_counter(), state["step"], {}
     for step in bar:
         task = mix.next()
-        reading = training.cosine(step, total, warmup=max(1, int(total * WARMUP)))
-        drawing = training.constant(step, total, decay=DECAY[args.preset])
-        for group, factor in zip(optimizer.param_groups, (reading, reading, drawing), strict=True):
+        qformer_factor = training.cosine(step, total, warmup=max(1, int(total * WARMUP)))
+        diffusion_factor = training.linear_decay(step, total, decay=DECAY[args.preset])
+        factors = qformer_factor, qformer_factor, diffusion_factor
+        for group, factor in zip(optimizer.param_groups, factors, strict=True):
             group["lr"] = group["peak"] * factor
-        for p in paints.values():  # other tasks draw, too, but only the Q-Former learns by it
+        for p in diffusion.values():  # cir runs the U-Net, too (Eq. 12), but there only the Q-Former learns
             p.requires_grad_(task == "tryon")
-        learning = list(parameters.values() if task == "tryon" else {**reads, **slow}.values())
+        learning = list(parameters.values()) if task == "tryon" else [*qformer, temperature]
         for micro in range(step * accumulate, (step + 1) * accumulate):
             with training.autocast(device, args.dtype):
                 batch = next(feeders[task])
-                torch.manual_seed(parallel.apart(args.seed + micro))  # of dropout: by the step alone
-                lots = training.Lots(task, args.seed, micro, b[task], device)
-                parts = losses_of[task](model, batch, lots, step / total)
-            norms = training.backward_apart(parts, learning, 1 / accumulate)
+                torch.manual_seed(parallel.rank_seed(args.seed + micro))  # of dropout: by the step alone
+                rng = training.BatchRNG(task, args.seed, micro, b[task], device)
+                parts = losses_of[task](model, batch, rng, step / total)
+            norms = training.clipped_backward(parts, learning, 1 / accumulate)
             watch.see(step, task, parts, norms, batch["index"])
-        for p in paints.values():
+        for p in diffusion.values():
             if task != "tryon":
                 p.grad = None  # FSDP computes it all the same
         optimizer.step()
@@ -358,15 +356,15 @@ def samples_of(
 
 @torch.no_grad()
 def draw_samples(model: UniFashion, batch: dict[str, Tensor], path: Path) -> None:
-    """Rows: the person, what is kept, the cloth, from the cloth, from sketch and text."""
+    """Rows: the person, what is kept, the cloth, the try-on from the cloth, the try-on from sketch and text."""
     scale, b = model.cfg.vae.scale, len(batch["mean"])
     noise = torch.randn(batch["mean"].shape, generator=training.seeded("samples")).to(batch["mean"])
     scene = model.scene(batch["agnostic"], batch["keep"], batch["pose"])
     rows = [batch["mean"] * scale, batch["agnostic"], batch["hints"][:, 0]]
-    for drawn in (0, 1):
-        which = torch.full((b,), drawn, device=noise.device)
-        context = model.image_adapter(objectives.z_of_condition(model, batch, which, which > 0))
-        hint = batch["hints"][:, drawn]
+    for sketch in (0, 1):
+        is_sketch = torch.full((b,), sketch, device=noise.device)
+        context = model.image_adapter(objectives.z_of_condition(model, batch, is_sketch, is_sketch > 0))
+        hint = batch["hints"][:, sketch]
         *_, latent = model.sample(noise, scene, context, hint, 10, "dpm++", model.cfg.guidance)
         rows.append(latent)
     sheets.save_sheet([model.vae.decode(row) for row in rows], path)

@@ -4,7 +4,7 @@
     python -m eval.train_speed --preset tiny            measured, on a CPU, too
     python -m eval.train_speed --stage cir --batch-size 64 --json
 
-The step is the scripts' own: their batch, their frozen half, losses, backward_apart, AdamW and EMA, autocast and checkpointing.
+The step is the scripts' own: their batch, their frozen half, losses, clipped_backward, AdamW and EMA, autocast and checkpointing.
 Weights and pictures are random. Captions are as long as they may be, 128 tokens: what real ones take is less. A model of phase 2
 has both halves, the moments of all that learns and the EMA of what draws, as in `--task all`. To read pictures takes no time here.
 
@@ -172,24 +172,24 @@ def prepare(
     if phase == 1:
         encode, losses = train_phase1.STAGES[name]
         parameters = training.set_trainable(model, train_phase1.TRAINABLE[name])
-        paints = parameters if draws else {}
+        diffusion = parameters if draws else {}
         groups, learning = [parameters], list(parameters.values())
     else:
         _, encode, losses = train_phase2.TASKS[name]
         patterns = {p for part in train_phase2.TRAINABLE.values() for p in part}
         parameters = training.set_trainable(model, sorted(patterns))
-        paints = {k: p for k, p in parameters.items() if not k.startswith("qformer.")}
-        reads = {k: p for k, p in parameters.items() if k not in paints}
-        groups, learning = [reads, paints], list((parameters if name == "tryon" else reads).values())
+        diffusion = {k: p for k, p in parameters.items() if not k.startswith("qformer.")}
+        qformer = {k: p for k, p in parameters.items() if k not in diffusion}
+        groups, learning = [qformer, diffusion], list((parameters if name == "tryon" else qformer).values())
     training.train_mode(model, parameters)
     optimizer = torch.optim.AdamW([{"params": list(group.values())} for group in groups], lr=1e-6, fused=True)
     for p in parameters.values():
         p.grad = torch.zeros_like(p)
     optimizer.step()  # of no effect, but now the moments are there
     optimizer.zero_grad(set_to_none=True)
-    for p in paints.values() if phase == 2 else ():
+    for p in diffusion.values() if phase == 2 else ():
         p.requires_grad_(name == "tryon")
-    ema = training.EMA(paints) if paints else None
+    ema = training.EMA(diffusion) if diffusion else None
     batch = random_batch(stage, cfg, b)
     return Setup(
         stage, model, batch, encode, losses, parameters, learning, optimizer, ema, device, dtype
@@ -199,14 +199,14 @@ def prepare(
 def step(s: Setup) -> Iterator[str]:
     """One step, as in the scripts' loops. Yields MOMENTS, each when it is over."""
     with training.autocast(s.device, s.dtype):
-        moved = {k: v if k in feed.HERE else v.to(s.device, copy=True) for k, v in s.batch.items()}
+        moved = {k: v if k in feed.ON_CPU else v.to(s.device, copy=True) for k, v in s.batch.items()}
         batch = s.encode(s.model, moved)
         del moved
         yield "encode"
-        lots = training.Lots(s.stage, 0, 0, len(batch["index"]), s.device)
-        parts = s.losses(s.model, batch, lots, 1.0)
+        rng = training.BatchRNG(s.stage, 0, 0, len(batch["index"]), s.device)
+        parts = s.losses(s.model, batch, rng, 1.0)
         yield "losses"
-    training.backward_apart(parts, s.learning, 1.0)
+    training.clipped_backward(parts, s.learning, 1.0)
     yield "backward"
     s.optimizer.step()
     s.optimizer.zero_grad(set_to_none=True)

@@ -44,24 +44,24 @@ def train(place: Path, jobs: list[Job]) -> None:
 
 
 def write_down(patch: pytest.MonkeyPatch, seen: dict[str, list]) -> None:
-    see, apart, cut = runs.Watch.see, training.backward_apart, parallel.shard
+    see, backward, cut = runs.NaNWatch.see, training.clipped_backward, parallel.shard
 
     def seeing(watch, step, task, losses, norms, index):
         see(watch, step, task, losses, norms, index)
         seen["losses"].append({f"{task} {name}": float(parallel.mean(x)) for name, x in losses.items()})
 
     def going_back(*args):
-        norms = apart(*args)
+        norms = backward(*args)
         seen["norms"].append(norms.tolist())
         return norms
 
-    def cutting(units, *rest):
-        cut(units, *rest)
+    def cutting(units):
+        cut(units)
         whole = [p for unit in units for name, p in unit.named_parameters() if "lora" not in name]
         seen["kept"] = [sum(parallel.local(p).numel() for p in whole) / sum(p.numel() for p in whole)]
 
-    patch.setattr(runs.Watch, "see", seeing)
-    patch.setattr(training, "backward_apart", going_back)
+    patch.setattr(runs.NaNWatch, "see", seeing)
+    patch.setattr(training, "clipped_backward", going_back)
     patch.setattr(parallel, "shard", cutting)
 
 
@@ -110,12 +110,13 @@ def again(patch: pytest.MonkeyPatch) -> None:
 
 def nan_in_the_second(patch: pytest.MonkeyPatch) -> None:
     """Of the second process a loss is nan in the third step, and it is the first to leave the loop."""
-    see, check = runs.Watch.see, runs.Watch.check
+    backward, check, steps = training.clipped_backward, runs.NaNWatch.check, []
 
-    def seeing(watch, step, task, losses, norms, index):
-        bad = step == 2 and parallel.rank() == 1
-        losses = {k: x * (float("nan") if bad else 1.0) for k, x in losses.items()}
-        see(watch, step, task, losses, norms, index)
+    def going_back(losses, parameters, share):
+        steps.append(len(steps))
+        if steps[-1] == 2 and parallel.rank() == 1:
+            losses |= {k: x * float("nan") for k, x in losses.items()}
+        return backward(losses, parameters, share)
 
     def checking(watch):
         try:
@@ -124,8 +125,8 @@ def nan_in_the_second(patch: pytest.MonkeyPatch) -> None:
             time.sleep(1.5 * (parallel.rank() == 0))
             raise
 
-    patch.setattr(runs.Watch, "see", seeing)
-    patch.setattr(runs.Watch, "check", checking)
+    patch.setattr(training, "clipped_backward", going_back)
+    patch.setattr(runs.NaNWatch, "check", checking)
 
 
 def late(_: pytest.MonkeyPatch) -> None:

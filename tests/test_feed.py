@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, Subset
 
 from tests.small_runs import MINI, assert_same, learned, load_public, run
 from unifashion import UserError, feed, objectives, parallel, samples
-from unifashion.training import Lots
+from unifashion.training import BatchRNG
 from weights.load import llm_tokenizer, tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,7 +148,7 @@ class Shelf(Dataset):
 
 def test_in_place_of_a_broken_sample_comes_the_next_and_it_is_named_once(tmp_path):
     sound, log = (
-        feed.Sound(Shelf(300, {5, 6, 299}), tmp_path / "run/skipped.txt", False),
+        feed.Readable(Shelf(300, {5, 6, 299}), tmp_path / "run/skipped.txt", False),
         tmp_path / "run/skipped.txt",
     )
     for _ in range(2):
@@ -161,14 +161,14 @@ def test_in_place_of_a_broken_sample_comes_the_next_and_it_is_named_once(tmp_pat
 
 
 def test_what_is_held_out_takes_no_one_else_s_place(tmp_path):
-    sound = feed.Sound(Shelf(300, {20}), tmp_path / "skipped.txt", False, [5, 20, 7])
+    sound = feed.Readable(Shelf(300, {20}), tmp_path / "skipped.txt", False, [5, 20, 7])
     assert [int(sound[i]["index"]) for i in range(3)] == [5, 7, 7] and len(sound) == 3
     assert (tmp_path / "skipped.txt").read_text().startswith("20\t")
 
 
 def test_more_than_one_in_a_hundred_stop_the_run_unless_that_is_allowed(tmp_path):
     broken = set(range(10, 14))  # of 300
-    sound = feed.Sound(Shelf(300, broken), tmp_path / "skipped.txt", False)
+    sound = feed.Readable(Shelf(300, broken), tmp_path / "skipped.txt", False)
     assert int(sound[13]["index"]) == 14 and int(sound[12]["index"]) == 14 and int(sound[11]["index"]) == 14
     with pytest.raises(UserError, match=r"4 of 300 samples .* more than 1 % .say --allow-missing.*: 10.jpg"):
         sound[10]
@@ -178,11 +178,11 @@ def test_more_than_one_in_a_hundred_stop_the_run_unless_that_is_allowed(tmp_path
         sound[11]
     # the log is what another process that reads knows of the first
     with pytest.raises(UserError, match="4 of 300"):
-        feed.Sound(Shelf(300, broken), tmp_path / "skipped.txt", False)[10]
-    allowed = feed.Sound(Shelf(300, set(range(100))), tmp_path / "other.txt", True)
+        feed.Readable(Shelf(300, broken), tmp_path / "skipped.txt", False)[10]
+    allowed = feed.Readable(Shelf(300, set(range(100))), tmp_path / "other.txt", True)
     assert int(allowed[0]["index"]) == 100 and len((tmp_path / "other.txt").read_text().splitlines()) == 100
     with pytest.raises(UserError, match="not one sample can be read"):
-        feed.Sound(Shelf(3, {0, 1, 2}), tmp_path / "none.txt", True)[0]
+        feed.Readable(Shelf(3, {0, 1, 2}), tmp_path / "none.txt", True)[0]
 
 
 def test_only_what_the_user_can_mend_is_skipped(tmp_path):
@@ -191,7 +191,7 @@ def test_only_what_the_user_can_mend_is_skipped(tmp_path):
             return {"x": torch.zeros(2)[5]}
 
     with pytest.raises(IndexError):
-        feed.Sound(Buggy(3, set()), tmp_path / "skipped.txt", True)[0]
+        feed.Readable(Buggy(3, set()), tmp_path / "skipped.txt", True)[0]
     assert not (tmp_path / "skipped.txt").exists()
 
 
@@ -226,24 +226,24 @@ def test_missing_pictures_are_counted_before_anything_is_trained(place, capsys):
     assert "fashion200k: 2 of 36 samples are left out, " in capsys.readouterr().err
 
 
-# Lots
+# BatchRNG
 
 
 def test_what_is_drawn_depends_on_what_for_seed_and_step_alone():
-    same = [Lots("cir", 0, 7, 3).normal(2, 2) for _ in range(2)]
+    same = [BatchRNG("cir", 0, 7, 3).normal(2, 2) for _ in range(2)]
     assert torch.equal(*same)
     for other in (("tryon", 0, 7), ("cir", 1, 7), ("cir", 0, 8)):
-        assert not torch.equal(Lots(*other, 3).normal(2, 2), same[0])
+        assert not torch.equal(BatchRNG(*other, 3).normal(2, 2), same[0])
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_draw_together_what_one_would_and_each_has_its_own_share(world, monkeypatch):
     def drawn(b: int, rank: int) -> list[torch.Tensor]:
-        lots = Lots("tryon", 5, 11, b)
+        rng = BatchRNG("tryon", 5, 11, b)
         odds = torch.tensor([[0.3, 0.1, 0.5, 0.1], [0.0, 0.0, 0.0, 1.0]]).repeat(6, 1)[
             rank * b : rank * b + b
         ]
-        return [lots.normal(2, 3), lots.timesteps(1000), lots.keep(0.3), lots.choose(odds), lots.normal(4)]
+        return [rng.normal(2, 3), rng.timesteps(1000), rng.keep(0.3), rng.categorical(odds), rng.normal(4)]
 
     whole = drawn(12, 0)
     assert [x.shape[0] for x in whole] == [12] * 5
@@ -287,7 +287,7 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(place, monk
 
 def test_a_full_disk_is_told_by_who_reads(tmp_path, monkeypatch):
     (tmp_path / "skipped.txt").mkdir()  # as unwritable
-    sound = feed.Sound(Shelf(300, {5}), tmp_path / "skipped.txt", False)
+    sound = feed.Readable(Shelf(300, {5}), tmp_path / "skipped.txt", False)
     with pytest.raises(UserError, match="skipped.txt cannot be written"):
         sound[5]
 
@@ -309,7 +309,7 @@ def task_of(task: str, place: Path) -> tuple[Dataset, partial]:
         opened = samples.open_data(data, samples.TEXTS)
         part = samples.Answers(opened, MINI, llm_tokenizer("tiny", place / "weights"))
         encode = objectives.encode_z
-    return feed.Sound(part, place / "skipped.txt", False), partial(encode, model)
+    return feed.Readable(part, place / "skipped.txt", False), partial(encode, model)
 
 
 def break_pictures(place: Path, pattern: str, n: int) -> list[Path]:

@@ -161,7 +161,9 @@ def test_what_the_qformer_reads_is_as_wide_as_the_longest_text_of_all_processes(
     )  # fmt: skip
     assert cut["ways"].shape == cut["ways_mask"].shape == (1, 2, 16)
     assert cut["caption_ids"].shape == cut["caption_mask"].shape == (1, 8)
-    monkeypatch.setattr(feed.parallel, "most", lambda n: max(n, 20))  # another process has a text of 20
+    monkeypatch.setattr(
+        feed.parallel, "max_over_processes", lambda n: max(n, 20)
+    )  # another process has a text of 20
     assert feed.shorten(padded(2, 3))["ids"].shape[1] == 24
 
 

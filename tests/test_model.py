@@ -196,7 +196,7 @@ def test_a_preset_whose_numbers_do_not_fit_is_refused(wrong, told):
 
 def test_each_loss_is_clipped_on_its_own():
     p = torch.nn.Parameter(torch.zeros(2))
-    norms = training.backward_apart({"loud": 1e4 * p[0], "quiet": 0.1 * p[1]}, [p], 0.5)
+    norms = training.clipped_backward({"loud": 1e4 * p[0], "quiet": 0.1 * p[1]}, [p], 0.5)
     torch.testing.assert_close(norms, torch.tensor([1e4, 0.1]))
     torch.testing.assert_close(p.grad, torch.tensor([0.5, 0.05]))
 

@@ -14,7 +14,7 @@ from tests.small_runs import MINI
 from tests.test_qformer import blip2
 from unifashion import diffusion, feed, losses, objectives
 from unifashion.model import UniFashion
-from unifashion.training import Lots, seeded
+from unifashion.training import BatchRNG, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,7 +33,7 @@ def test_cross_equals_the_official_code(monkeypatch):
         "mask": inputs["text_mask"],
         "product": torch.arange(4),
     }
-    parts = objectives.cross(model, batch, Lots("cross", 0, 0, 4), 1.0)
+    parts = objectives.cross(model, batch, BatchRNG("cross", 0, 0, 4), 1.0)
     assert_parity(parts["ITC"], golden.outputs["loss_itc"])
     assert_parity(parts["ITM"], golden.outputs["loss_itm"])
 
@@ -67,7 +67,7 @@ def test_composed_equals_the_official_code_where_it_does_not_differ_on_purpose(m
         "ways_mask": inputs["text_mask"][:, None].expand(-1, 4, -1),
         "target_id": torch.arange(4),
     }
-    parts = objectives.composed(model, batch, Lots("cir", 0, 0, 4), 1.0, ("itg", "q2i", "caption"))
+    parts = objectives.composed(model, batch, BatchRNG("cir", 0, 0, 4), 1.0, ("itg", "q2i", "caption"))
     assert parts.keys() == {"ITC", "ITM"}
     assert_parity(parts["ITC"], out["loss_itc"])
     assert_parity(parts["ITM"], out["loss_itm"])
@@ -96,8 +96,8 @@ def test_composed_equals_the_official_code_where_it_does_not_differ_on_purpose(m
 
 def test_captions_are_compared_with_the_cls_of_the_fused_pass_both_ways():
     model, batch = randomise(UniFashion(MINI), 0), composed_batch()
-    parts = objectives.composed(model, batch, Lots("cir", 0, 0, B), 0.0, ("itg", "q2i"))
-    way = Lots("cir", 0, 0, B).choose(torch.ones(B, 4))
+    parts = objectives.composed(model, batch, BatchRNG("cir", 0, 0, B), 0.0, ("itg", "q2i"))
+    way = BatchRNG("cir", 0, 0, B).categorical(torch.ones(B, 4))
     ids, mask = batch["ways"][range(B), way], batch["ways_mask"][range(B), way]
     _, text = model.qformer(model.qformer.ln_vision(batch["features"][:, 0]), ids, mask)
     _, words = model.qformer(ids=batch["caption_ids"], mask=batch["caption_mask"])
@@ -160,7 +160,7 @@ def test_itm_of_pairs_reads_matches_then_wrong_texts_then_wrong_images():
     model, batch = randomise(UniFashion(MINI), 0), pairs_batch()
     batch["product"] = torch.tensor([0, 1, 2, 3, 3])
     passes = passed(model)
-    objectives.cross(model, batch, Lots("align", 0, 0, B), 1.0)
+    objectives.cross(model, batch, BatchRNG("align", 0, 0, B), 1.0)
     image, text, _, queries = passes[-1]
     assert queries is None
     shown, said = which(image, model.qformer.ln_vision(batch["features"])), which(text, batch["ids"])
@@ -174,7 +174,7 @@ def test_texts_that_are_the_same_are_never_each_others_negatives():
     batch["ids"][4] = batch["ids"][0]
     passes = passed(model)
     for step in range(20):
-        objectives.cross(model, batch, Lots("align", 0, step, B), 0.0)
+        objectives.cross(model, batch, BatchRNG("align", 0, step, B), 0.0)
         image, text, *_ = passes[-1]
         shown, said = which(image, model.qformer.ln_vision(batch["features"])), which(text, batch["ids"])
         wrong = [{i % 4, j % 4} for i, j in zip(shown[B:], said[B:], strict=True)]  # 4 is 0
@@ -190,9 +190,9 @@ def test_itm_of_composed_reads_targets_wrong_targets_and_wrong_queries():
     reference, target = (qformer.ln_vision(x) for x in batch["features"].unbind(1))
     for step in range(30):
         passes.clear()
-        lots = Lots("cir", 0, step, B)
-        way = Lots("cir", 0, step, B).choose(torch.ones(B, 4))
-        objectives.composed(model, batch, lots, 0.0, ("itg", "q2i", "caption"))
+        rng = BatchRNG("cir", 0, step, B)
+        way = BatchRNG("cir", 0, step, B).categorical(torch.ones(B, 4))
+        objectives.composed(model, batch, rng, 0.0, ("itg", "q2i", "caption"))
         ids, mask = batch["ways"][range(B), way], batch["ways_mask"][range(B), way]
         assert torch.equal(passes[0][0], reference) and torch.equal(passes[0][1], ids)  # Eq. 9
         z_r, _ = model.qformer(reference, ids, mask)
@@ -223,8 +223,8 @@ def test_shuffled_references_are_seen_by_itm():
     optimizer = torch.optim.Adam(model.qformer.parameters(), lr=1e-3)
 
     def itm(batch: dict[str, Tensor], step: int) -> Tensor:
-        lots = Lots("cir", 0, step, 4)
-        return objectives.composed(model, batch, lots, 0.0, ("itg", "q2i", "caption"))["ITM"]
+        rng = BatchRNG("cir", 0, step, 4)
+        return objectives.composed(model, batch, rng, 0.0, ("itg", "q2i", "caption"))["ITM"]
 
     for step in range(80):
         optimizer.zero_grad()
@@ -247,11 +247,11 @@ def test_negatives_harden_and_the_temperature_keeps_its_bounds(task, monkeypatch
         return real(sim, temp, same, generator, *own)
 
     def value(progress: float) -> None:
-        lots = Lots(task, 0, 0, B)
+        rng = BatchRNG(task, 0, 0, B)
         if task == "cross":
-            objectives.cross(model, batch, lots, progress)
+            objectives.cross(model, batch, rng, progress)
         else:
-            objectives.composed(model, batch, lots, progress, ("itg", "q2i", "caption"))
+            objectives.composed(model, batch, rng, progress, ("itg", "q2i", "caption"))
 
     monkeypatch.setattr(losses, "hard_negatives", noted)
     for progress in (0.0, 0.25, 0.5, 1.0):
@@ -289,7 +289,7 @@ def test_each_loss_alone_reaches_queries_and_ln_vision(name):
     model = randomise(UniFashion(MINI, writes=True), 0)
     model.qformer.temp.data.fill_(0.07)
     batch = everything() if task in ("composed", "tryon") else single(everything())
-    parts = getattr(objectives, task)(model, batch, Lots(task, 0, 0, B), 1.0)
+    parts = getattr(objectives, task)(model, batch, BatchRNG(task, 0, 0, B), 1.0)
     wanted = {t[1] for t in LOSSES.values() if t[0] == task}
     assert parts.keys() == wanted
     parts[part].backward()
@@ -319,7 +319,7 @@ def test_a_frozen_qformer_is_read_once_and_learns_nothing():
     kept = batch | {"z": objectives.z_i(model, batch).detach()}
     del kept["features"]
     for task in ("caption", "generate"):
-        value = [getattr(objectives, task)(model, x, Lots(task, 0, 0, B), 0.0) for x in (batch, kept)]
+        value = [getattr(objectives, task)(model, x, BatchRNG(task, 0, 0, B), 0.0) for x in (batch, kept)]
         assert value[0].keys() == value[1].keys()
         for name in value[0]:
             torch.testing.assert_close(value[0][name], value[1][name], atol=1e-12, rtol=0)
@@ -339,7 +339,7 @@ def test_parts_of_composed_are_left_out_and_change_no_other(without, left):
     """The rows of Table 5: what is left out needs neither its half of the model nor its part of the batch."""
     whole = randomise(UniFashion(MINI, writes=True), 0)
     batch = everything()
-    expected = objectives.composed(whole, batch, Lots("cir", 0, 0, B), 1.0)
+    expected = objectives.composed(whole, batch, BatchRNG("cir", 0, 0, B), 1.0)
     if "q2i" in without:
         del whole.unet, whole.vae
         batch = {k: v for k, v in batch.items() if k not in ("mean", "logvar")}
@@ -348,7 +348,7 @@ def test_parts_of_composed_are_left_out_and_change_no_other(without, left):
         batch = {k: v for k, v in batch.items() if k not in ("before", "after", "answer")}
     if "caption" in without:
         batch = {k: v for k, v in batch.items() if k not in ("caption_ids", "caption_mask")}
-    parts = objectives.composed(whole, batch, Lots("cir", 0, 0, B), 1.0, without)
+    parts = objectives.composed(whole, batch, BatchRNG("cir", 0, 0, B), 1.0, without)
     assert parts.keys() == left
     for name in left:
         assert torch.equal(parts[name], expected[name])
@@ -357,15 +357,15 @@ def test_parts_of_composed_are_left_out_and_change_no_other(without, left):
 def test_what_is_read_and_drawn_of_composed_is_z_r(monkeypatch):
     """Eq. 11 and 12: the prompt and the context are of the queries that read reference and text, the answers the target's."""
     model, batch = randomise(UniFashion(MINI, writes=True), 0), everything()
-    lots = Lots("cir", 0, 0, B)
-    way = Lots("cir", 0, 0, B).choose(torch.ones(B, 4))
+    rng = BatchRNG("cir", 0, 0, B)
+    way = BatchRNG("cir", 0, 0, B).categorical(torch.ones(B, 4))
     ids, mask = batch["ways"][range(B), way], batch["ways_mask"][range(B), way]
     z_r, _ = model.qformer(model.qformer.ln_vision(batch["features"][:, 0]), ids, mask)
     read, drawn = [], []
     words, noise = model.predict_words, model.predict_noise
     monkeypatch.setattr(model, "predict_words", lambda *a: (read.append(a), words(*a))[1])
     monkeypatch.setattr(model, "predict_noise", lambda *a: (drawn.append(a), noise(*a))[1])
-    parts = objectives.composed(model, batch, lots, 1.0)
+    parts = objectives.composed(model, batch, rng, 1.0)
     [(z, before, after)], [(_, _, scene, context, hint, keep_hint)] = read, drawn
     assert (
         torch.equal(z, z_r) and torch.equal(after, batch["after"]) and torch.equal(before, batch["before"][0])
@@ -386,7 +386,7 @@ def test_the_four_ways_of_joining_captions_are_drawn_evenly():
     batch["ways_mask"] = torch.arange(6) < torch.arange(4)[None, :, None].expand(n, -1, 1) + 2
     seen = passed(model, stop=True)
     with pytest.raises(StopIteration):
-        objectives.composed(model, batch, Lots("cir", 0, 0, n), 0.0, ("itg", "q2i", "caption"))
+        objectives.composed(model, batch, BatchRNG("cir", 0, 0, n), 0.0, ("itg", "q2i", "caption"))
     _, ids, mask, _ = seen[0]
     way = ids[:, 0] - 5
     assert (ids == ids[:, :1]).all() and torch.equal(mask.sum(1), way + 2)
@@ -414,11 +414,11 @@ def test_q2i_learns_the_noise_that_was_added_and_drops_as_often_as_it_says(task,
     batch |= {"hints": torch.randn(n, 2, 4, y, x), "odds": torch.ones(n, 4)}
 
     def go() -> None:
-        lots = Lots(task, 0, 0, n)
+        rng = BatchRNG(task, 0, 0, n)
         if task == "composed":  # Eq. 12, after the rest
-            objectives._q2i(model, batch, model.image_adapter(z), lots)
+            objectives._q2i(model, batch, model.image_adapter(z), rng)
         else:
-            getattr(objectives, task)(model, batch, lots, 0.0)
+            getattr(objectives, task)(model, batch, rng, 0.0)
 
     go()
     noised, t, scene, context, _, keep_hint = asked[0]
@@ -464,32 +464,32 @@ def test_context_and_hint_are_of_the_one_condition_that_was_drawn(chosen, monkey
     model, batch, other = randomise(UniFashion(MINI), 0), everything(), everything(1)
     batch["odds"] = torch.eye(4)[chosen].expand(B, 4)
     before = tryon(model, batch)
-    drawing, reads = chosen >= 2, chosen in (1, 2)
+    is_sketch, uses_text = chosen >= 2, chosen in (1, 2)
     for key in ("features", "hints"):
         for i in (0, 1):
             changed = batch[key].clone()
             changed[:, i] = other[key][:, i]
             same = torch.equal(before, tryon(model, batch | {key: changed}))
-            assert same == (i != drawing), (key, i)
+            assert same == (i != is_sketch), (key, i)
     text = tryon(model, batch | {"ids": other["ids"]})
-    assert (before - text).abs() > 1e-9 if reads else torch.equal(before, text)
+    assert (before - text).abs() > 1e-9 if uses_text else torch.equal(before, text)
 
 
 def test_z_of_a_condition_sees_its_text_and_without_one_is_z_of_the_picture():
     model, batch = randomise(UniFashion(MINI), 0), everything()
-    drawing = torch.tensor([0, 1, 0, 1, 0])
-    reads = torch.tensor([False, False, True, True, True])
-    z = objectives.z_of_condition(model, batch, drawing, reads)
+    is_sketch = torch.tensor([0, 1, 0, 1, 0])
+    uses_text = torch.tensor([False, False, True, True, True])
+    z = objectives.z_of_condition(model, batch, is_sketch, uses_text)
     for i in range(B):
-        seen = model.qformer.ln_vision(batch["features"][i : i + 1, int(drawing[i])])
-        text = (batch["ids"][i : i + 1], batch["mask"][i : i + 1]) if reads[i] else ()
+        seen = model.qformer.ln_vision(batch["features"][i : i + 1, int(is_sketch[i])])
+        text = (batch["ids"][i : i + 1], batch["mask"][i : i + 1]) if uses_text[i] else ()
         torch.testing.assert_close(z[i : i + 1], model.qformer(seen, *text)[0], atol=1e-12, rtol=0)
 
 
 def test_conditions_are_drawn_as_often_as_their_odds_say():
     odds = torch.tensor([[0.3, 0.1, 0.5, 0.1]]).expand(3000, 4).clone()
     odds[2000:] = torch.tensor([1.0, 0.0, 0.0, 0.0])  # without sketch or text
-    chosen = Lots("tryon", 0, 0, 3000).choose(odds)
+    chosen = BatchRNG("tryon", 0, 0, 3000).categorical(odds)
     share = torch.bincount(chosen[:2000], minlength=4) / 2000
     assert (share - odds[0]).abs().max() < 0.03 and (chosen[2000:] == 0).all()
 
@@ -555,11 +555,11 @@ def test_padding_of_texts_changes_no_loss():
     """What lets `feed.shorten` cut it: whatever stands behind a text, and however much."""
     model, batch = randomise(UniFashion(MINI, writes=True), 0), everything()
     padded = dict(batch)
-    for ids, mask in feed.READ.items():
+    for ids, mask in feed.TEXT_MASKS.items():
         padded[ids] = F.pad(batch[ids], (0, 5), value=7)
         padded[mask] = F.pad(batch[mask], (0, 5), value=False)
     for loss, of in ((objectives.cross, single), (objectives.composed, dict), (objectives.tryon, dict)):
-        a, b = (loss(model, of(x), Lots("padding", 0, 0, B), 1.0) for x in (batch, padded))
+        a, b = (loss(model, of(x), BatchRNG("padding", 0, 0, B), 1.0) for x in (batch, padded))
         assert a.keys() == b.keys()
         for name in a:
             torch.testing.assert_close(a[name], b[name], atol=1e-10, rtol=0)
@@ -624,7 +624,7 @@ def single(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def tryon(model: UniFashion, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        return objectives.tryon(model, batch, Lots("tryon", 0, 0, B), 0.0)["q2I"]
+        return objectives.tryon(model, batch, BatchRNG("tryon", 0, 0, B), 0.0)["q2I"]
 
 
 def passed(model: UniFashion, stop: bool = False) -> list[tuple]:

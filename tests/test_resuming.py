@@ -93,8 +93,8 @@ def test_a_run_with_dropout_resumes_bit_for_bit(what, more, place, monkeypatch):
 @pytest.mark.parametrize("what", ["1 align", "2 mixed"])
 def test_every_batch_has_lots_of_its_own(what, place, monkeypatch):
     """And dropout of its own: both are keyed by how many batches came before, of all tasks."""
-    drawn, seeds, born, seeding = [], [], training.Lots.__init__, torch.manual_seed
-    monkeypatch.setattr(training.Lots, "__init__", lambda *key: (drawn.append(key[1:4]), born(*key))[1])
+    drawn, seeds, born, seeding = [], [], training.BatchRNG.__init__, torch.manual_seed
+    monkeypatch.setattr(training.BatchRNG, "__init__", lambda *key: (drawn.append(key[1:4]), born(*key))[1])
     monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), seeding(seed))[1])
     run(what, place, "run", 4, "--accumulate", "2", "--seed", "7")
     learns = [key for key in drawn if not key[0].startswith("val ")]
@@ -183,14 +183,14 @@ def test_a_run_of_phase_2_goes_on_with_its_own_tasks_and_parts(place):
 @pytest.mark.parametrize(("what", "sign"), [("1 align", signal.SIGINT), ("2 retrieval", signal.SIGTERM)])
 def test_a_signal_finishes_the_step_saves_and_is_no_failure(what, sign, place, monkeypatch, capsys):
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    backward, count = training.backward_apart, iter(range(1, 100))
+    backward, count = training.clipped_backward, iter(range(1, 100))
 
     def asked(*args):
         if next(count) == 2:
             os.kill(os.getpid(), sign)
         return backward(*args)
 
-    monkeypatch.setattr(training, "backward_apart", asked)
+    monkeypatch.setattr(training, "clipped_backward", asked)
     try:
         training.run(lambda: run(what, place, "run", 5))  # an exit code other than 0 would be raised
     finally:
@@ -212,7 +212,7 @@ def test_a_signal_asks_for_the_end_and_a_second_one_is_obeyed_at_once(sign):
         assert {
             s: signal.getsignal(s) for s in before
         } == before  # what takes long before a loop ends at once
-        stop.heed()
+        stop.install()
         assert not stop.asked
         os.kill(os.getpid(), sign)
         assert stop.asked and signal.getsignal(sign) == signal.SIG_DFL
@@ -242,7 +242,7 @@ def test_stopped_at_the_end_of_a_stage_the_next_does_not_begin(moment, place, mo
         {k: {**v, "steps": 1} for k, v in train_phase1.DEFAULTS["tiny"].items()},
     )
     everything = [a if a != "align" else "all" for a in arguments("1 align", place, "all")]
-    asks, part = (training, "backward_apart") if moment == "last step" else (runs, "save_evaluated")
+    asks, part = (training, "clipped_backward") if moment == "last step" else (runs, "save_evaluated")
     does = getattr(asks, part)
 
     def asked(*args):

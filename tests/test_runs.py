@@ -297,13 +297,13 @@ def test_in_a_mixed_run_the_task_is_named(place, monkeypatch):
 
 def test_a_gradient_that_is_no_number_is_told_before_it_is_saved(place, monkeypatch):
     """Though the loss is one, and the run is asked to stop and save at this very step."""
-    apart = training.backward_apart
+    apart = training.clipped_backward
 
     def overflowing(losses, parameters, share):
         norms = apart(losses, parameters, share)
         return norms * torch.tensor([1.0, float("inf")])
 
-    monkeypatch.setattr(training, "backward_apart", overflowing)
+    monkeypatch.setattr(training, "clipped_backward", overflowing)
     with pytest.raises(UserError, match="the gradient of ITM is inf at step 0"), stopped_after(1):
         run("1 align", place, "wild", 5)
     assert not (place / "wild/last").exists() and (place / "wild/nan.json").exists()
@@ -312,8 +312,8 @@ def test_a_gradient_that_is_no_number_is_told_before_it_is_saved(place, monkeypa
 def test_an_evaluation_that_is_no_number_saves_nothing(place, monkeypatch):
     encode, loss_of = train_phase1.STAGES["align"]
 
-    def losses_of(model, batch, lots, progress):
-        parts = loss_of(model, batch, lots, progress)
+    def losses_of(model, batch, rng, progress):
+        parts = loss_of(model, batch, rng, progress)
         return parts if torch.is_grad_enabled() else {k: x * float("nan") for k, x in parts.items()}
 
     monkeypatch.setitem(train_phase1.STAGES, "align", (encode, losses_of))
@@ -377,8 +377,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, stage: str, name: str, at: set[int])
     encode, loss_of = train_phase1.STAGES[stage]
     seen: list[list[int]] = []
 
-    def losses_of(model, batch, lots, progress):
-        parts = loss_of(model, batch, lots, progress)
+    def losses_of(model, batch, rng, progress):
+        parts = loss_of(model, batch, rng, progress)
         if torch.is_grad_enabled():
             if len(seen) in at:
                 parts[name] = parts[name] * float("nan")

@@ -51,8 +51,8 @@ def scripts(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
                     seen[stage]["batch"] = dict(batch)
                 return encode(model, batch)
 
-            def losing(model, batch, lots, progress, **more):
-                parts = loss(model, batch, lots, progress, **more)
+            def losing(model, batch, rng, progress, **more):
+                parts = loss(model, batch, rng, progress, **more)
                 if torch.is_grad_enabled():
                     seen[stage] |= {"losses": set(parts), "moved": {k: v.dtype for k, v in batch.items()}}
                     spied["stage"] = stage
@@ -61,7 +61,7 @@ def scripts(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
             seen[stage] = {}
             return encoding, losing
 
-        def apart(parts, parameters, share, old=training.backward_apart):
+        def apart(parts, parameters, share, old=training.clipped_backward):
             found = seen[spied["stage"]]
             found["learns"] = sum(p.numel() for p in parameters)
             groups = spied["optimizer"].param_groups
@@ -82,7 +82,7 @@ def scripts(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
 
         patch.setattr(torch.optim, "AdamW", AdamW)
         patch.setattr(training, "EMA", EMA)
-        patch.setattr(training, "backward_apart", apart)
+        patch.setattr(training, "clipped_backward", apart)
         for stage, (phase, name) in train_speed.STAGES.items():
             if phase == 1:
                 patch.setitem(train_phase1.STAGES, name, watch(stage, *train_phase1.STAGES[name]))
@@ -105,7 +105,13 @@ def test_a_random_batch_is_of_the_kind_that_the_data_sets_give(stage, scripts):
     theirs, ours = scripts[stage]["batch"], train_speed.random_batch(stage, MINI, 4)
     assert {k: v.dtype for k, v in ours.items()} == {k: v.dtype for k, v in theirs.items()}
     for name, x in ours.items():
-        if name in ("before", "after", "answer", *feed.READ, *feed.READ.values()):  # as long as may be
+        if name in (
+            "before",
+            "after",
+            "answer",
+            *feed.TEXT_MASKS,
+            *feed.TEXT_MASKS.values(),
+        ):  # as long as may be
             assert x.shape[:-1] == theirs[name].shape[:-1] and x.shape[-1] >= theirs[name].shape[-1]
         else:
             assert x.shape == theirs[name].shape, name
@@ -126,7 +132,7 @@ def test_the_same_learns_the_same_has_moments_and_an_average_as_in_the_scripts(s
     assert all(p.requires_grad for p in s.learning)
     learns = {id(p) for p in s.learning}
     assert not any(p.requires_grad for p in s.model.parameters() if id(p) not in learns)
-    with mock.patch.object(training, "backward_apart", wraps=training.backward_apart) as apart:
+    with mock.patch.object(training, "clipped_backward", wraps=training.clipped_backward) as apart:
         before = {k: p.detach().clone() for k, p in s.model.named_parameters()}
         assert tuple(train_speed.step(s)) == train_speed.MOMENTS
     assert set(apart.call_args[0][0]) == theirs["losses"]

@@ -73,11 +73,11 @@ def test_in_a_mixed_run_each_task_moves_its_own_parts_at_its_own_rate(place, wat
         assert parts == ({"qformer", *DRAWS, "garment"} if task == "tryon" else {"qformer"}), task
     assert {task for task, _ in watched["moved"]} == set(train_phase2.TASKS)
     share = [training.cosine(step, 8, 1) for step in range(8)]
-    reads, slow, paints = zip(*watched["rates"], strict=True)
-    assert reads == pytest.approx([1e-3 * x for x in share]) and slow == pytest.approx(
+    qformer, temperature, diffusion = zip(*watched["rates"], strict=True)
+    assert qformer == pytest.approx([1e-3 * x for x in share]) and temperature == pytest.approx(
         [2e-5 * x for x in share]
     )
-    assert paints == pytest.approx([1e-3] * 7 + [0.5e-3])
+    assert diffusion == pytest.approx([1e-3] * 7 + [0.5e-3])
 
 
 @pytest.mark.parametrize("what", ["2 retrieval", "2 cir", "2 caption"])
@@ -177,19 +177,19 @@ def test_in_phase_1_the_rate_follows_a_cosine_but_of_what_draws(what, place, wat
 
 def test_the_rate_of_what_draws_is_the_papers_and_stays_but_for_tinys_end():
     assert train_phase2.DECAY["full"] == 0
-    assert [training.constant(step, 4, 0.0) for step in range(4)] == [1.0] * 4
-    assert [training.constant(step, 8, 0.5) for step in range(8)] == [1.0] * 5 + [0.75, 0.5, 0.25]
+    assert [training.linear_decay(step, 4, 0.0) for step in range(4)] == [1.0] * 4
+    assert [training.linear_decay(step, 8, 0.5) for step in range(8)] == [1.0] * 5 + [0.75, 0.5, 0.25]
 
 
 def test_accumulated_batches_count_by_their_mean(place, monkeypatch):
-    given, apart = [], training.backward_apart
+    given, apart = [], training.clipped_backward
 
     def noted(losses, parameters, share):
         norms = apart(losses, parameters, share)
         given.append((share, sum(float(p.grad.norm()) for p in parameters if p.grad is not None)))
         return norms
 
-    monkeypatch.setattr(training, "backward_apart", noted)
+    monkeypatch.setattr(training, "clipped_backward", noted)
     run("1 align", place, "run", 2, "--accumulate", "2")
     assert [share for share, _ in given] == [0.5] * 4
     assert given[0][1] != given[1][1]  # a second batch's gradient is added to the first's
@@ -217,8 +217,18 @@ def test_the_defaults_of_the_full_size_are_the_papers_or_the_official_codes():
     assert one["caption"] == two["caption"] == {"batch_size": 32, "lr": 2e-5, "epochs": 2, "steps": None}
     assert one["generate"] == two["tryon"] == {"batch_size": 32, "lr": 1e-4, "epochs": None, "steps": 360_000}
     assert two["cir"] == {"batch_size": 128, "lr": 2e-5, "epochs": 15, "steps": None}
-    assert train_phase1.ADAMW["align"] == {"weight_decay": 0.05, "betas": (0.9, 0.98), "warmup": 0.05}
-    assert train_phase1.ADAMW["caption"] == {"weight_decay": 0.0, "betas": (0.9, 0.99), "warmup": 0.03}
+    assert (
+        train_phase1.ADAMW["align"]
+        == training.ADAMW["qformer"]
+        == {"weight_decay": 0.05, "betas": (0.9, 0.98)}
+    )
+    assert train_phase1.ADAMW["caption"] == {"weight_decay": 0.0, "betas": (0.9, 0.99)}
+    assert train_phase1.ADAMW["generate"] == training.ADAMW["diffusion"]
+    assert training.ADAMW["diffusion"] == {"weight_decay": 0.01, "betas": (0.9, 0.999)}
+    assert (
+        train_phase1.WARMUP == {"align": 0.05, "caption": 0.03, "generate": None}
+        and train_phase2.WARMUP == 0.05
+    )
 
 
 def test_the_text_adapter_learns_at_a_tenth_of_the_rate_of_lora(place, groups):
@@ -237,7 +247,7 @@ def test_only_in_bfloat16_on_a_cpu_does_attention_learn_in_float32(device, dtype
     mask = (torch.arange(5) < 4).expand(5, 5)
     fused = F.scaled_dot_product_attention
     exact = fused(q, k, v, mask)
-    training.wide_attention(torch.device(device), dtype)
+    training.float32_attention(torch.device(device), dtype)
     with torch.autocast("cpu", torch.bfloat16):
         seen, bias = [], torch.where(mask, 0.0, -torch.inf)
         for attn_mask in (mask, bias.bfloat16()):
@@ -288,7 +298,7 @@ def test_what_starts_random_is_that_of_the_first_process(monkeypatch):
     monkeypatch.setattr(parallel, "world", lambda: 2)
     monkeypatch.setattr(parallel.dist, "broadcast", lambda x, source: x.fill_(5.0 + source))
     layer = torch.nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
-    parallel.same(layer.parameters())
+    parallel.broadcast_(layer.parameters())
     assert all((p == 5).all() for p in layer.parameters())
 
 
@@ -297,7 +307,7 @@ def test_a_fresh_run_starts_from_the_first_process_and_a_resumed_one_from_its_ch
     what, place, monkeypatch
 ):
     sent = []
-    monkeypatch.setattr(parallel, "same", lambda tensors: sent.append(len(list(tensors))))
+    monkeypatch.setattr(parallel, "broadcast_", lambda tensors: sent.append(len(list(tensors))))
     run(what, place, "run", 1)
     run(what, place, "run", 1, "--resume", "--steps", "2")
     assert sent[0] > 100 and sent[1] == 0
@@ -603,9 +613,9 @@ def test_the_best_is_the_one_with_the_lowest_loss_on_what_was_held_out(place, mo
     encode, loss_of = train_phase1.STAGES["align"]
     save = runs.save_checkpoint
 
-    def losses_of(model, batch, lots, progress):
+    def losses_of(model, batch, rng, progress):
         if progress < 1.0:
-            return loss_of(model, batch, lots, progress)
+            return loss_of(model, batch, rng, progress)
         calls.append(1)  # an evaluation: so many batches
         return {"ITC": torch.tensor(values[state_of_run()])}
 

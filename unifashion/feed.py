@@ -18,6 +18,7 @@ from unifashion import UserError, parallel
 from unifashion.training import seeded
 
 GROUP = 16  # samples that are encoded together for the cache
+GRAIN = 8  # texts are cut to a multiple of so many tokens: few shapes, little padding
 
 
 def held_out(names: list[str], every: int = 40) -> tuple[list[int], list[int]]:
@@ -42,7 +43,7 @@ def batch_order(n: int, batch: int, seed: int, start: int, stop: int) -> Iterato
         yield order[i * batch : (i + 1) * batch].tolist()
 
 
-class Sound(Dataset):
+class Readable(Dataset):
     """
     The samples `indices` of `data`, or all, with their index; in place of one that cannot be read, the next of these that can.
 
@@ -103,10 +104,10 @@ def batches(
            where nothing is augmented and the features fit. Samples are then encoded in fixed groups, so that a resumed run
            computes the same bits.
     """
-    mine = (parallel.own(torch.tensor(indices)).tolist() for indices in order)
+    mine = (parallel.local_rows(torch.tensor(indices)).tolist() for indices in order)
 
     def read(batches: Iterator[list[int]]) -> DataLoader:
-        return DataLoader(samples, batch_sampler=batches, num_workers=workers, worker_init_fn=_heedless)
+        return DataLoader(samples, batch_sampler=batches, num_workers=workers, worker_init_fn=_ignore_signals)
 
     if cache is None:
         for batch in read(mine):
@@ -144,7 +145,7 @@ def _new_groups(batches: Iterator[list[int]], known: Tensor) -> Iterator[list[in
             return
 
 
-def _heedless(_: int) -> None:
+def _ignore_signals(_: int) -> None:
     """A process that reads: what asks the whole group to stop (Ctrl-C, `timeout`, a scheduler) is for the one that trains."""
 
     def once(*_) -> None:
@@ -155,11 +156,11 @@ def _heedless(_: int) -> None:
 
 
 def come_again(draws: int, samples: int) -> bool:
-    """Whether a cache is worth its while: it encodes whole groups, and so soon all samples, though few may be drawn."""
+    """Whether a cache pays: it encodes whole groups, and so soon all samples, though a short run draws but a few."""
     return draws > samples
 
 
-HERE = ("index", "odds")  # what is looked at on the CPU: to fetch it from the device would wait for it
+ON_CPU = ("index", "odds")  # is looked at on the CPU: to fetch it from the device would wait for the device
 
 
 def stream(
@@ -170,39 +171,36 @@ def stream(
     cache: dict[str, Tensor] | None = None,
     workers: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
-    """`batches`, on the device but for HERE."""
+    """`batches`, on the device but for ON_CPU."""
 
     def move(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: v if k in HERE else v.to(device) for k, v in batch.items()}
+        return {k: v if k in ON_CPU else v.to(device) for k, v in batch.items()}
 
     return map(move, batches(samples, order, lambda batch: encode(move(batch)), cache, workers))
 
 
-READ = {
-    "ids": "mask",
-    "ways": "ways_mask",
-    "caption_ids": "caption_mask",
-}  # by the Q-Former, and which tokens are real
+# The Q-Former's texts, and which of their tokens are real.
+TEXT_MASKS = {"ids": "mask", "ways": "ways_mask", "caption_ids": "caption_mask"}
 
 
-def shorten(batch: dict[str, Tensor], grain: int = 8) -> dict[str, Tensor]:
+def shorten(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """
-    Cut texts to the longest of the batch, rounded up to a multiple of `grain`: few shapes, little padding. What the LLM reads,
-    "after" (b,t), has its real tokens told by "answer" (b,t), which come last; what the Q-Former reads by READ.
+    Cut texts to the longest of the batch, rounded up to a multiple of GRAIN. Of the LLM's "after" (b,t) the real tokens end where
+    "answer" (b,t) does; of the Q-Former's texts TEXT_MASKS tells.
 
-    The Q-Former's texts are as long in every process: losses gather them. On the CPU: it looks at the numbers.
+    The Q-Former's are equally long in every process, since losses gather them. On the CPU: it looks at the numbers.
     """
 
     def cut(names: tuple[str, ...], longest: int) -> dict[str, Tensor]:
-        t = -(-longest // grain) * grain
+        t = -(-longest // GRAIN) * GRAIN
         return {name: batch[name][..., :t] for name in names}
 
     shorter = dict(batch)
     if "answer" in batch:
         shorter |= cut(("after", "answer"), longest(batch["answer"]))
-    for text, real in READ.items():
+    for text, real in TEXT_MASKS.items():
         if text in batch:
-            shorter |= cut((text, real), parallel.most(longest(batch[real])))
+            shorter |= cut((text, real), parallel.max_over_processes(longest(batch[real])))
     return shorter
 
 

@@ -237,9 +237,8 @@ class Steps:
         self.cache = KVCache(llama.cfg, b, n, like)
         hidden = llama(prompt, self.mask, self.cache, self.slots[:t])
         last = (mask * self.slots[:t]).argmax(1)  # of the prompt's tokens, where padding is on the right
-        self.logits = llama.logits(
-            hidden[torch.arange(b, device=mask.device), last]
-        )  # (b,vocab) of the next token
+        # (b,vocab) of the next token
+        self.logits = llama.logits(hidden[torch.arange(b, device=mask.device), last])
         if beams > 1:
             self.mask = self.mask.repeat_interleave(beams, 0)
             self.cache.k, self.cache.v = (x.repeat_interleave(beams, 1) for x in (self.cache.k, self.cache.v))
@@ -300,9 +299,8 @@ def beam_search(llama: Llama, prompt: Tensor, mask: Tensor, max_tokens: int, eos
 
         last = i + 1 == max_tokens
         ended = torch.ones_like(token, dtype=torch.bool) if last else token == eos
-        among_first = (
-            torch.arange(2 * beams, device=token.device) < beams
-        )  # an end that the others outdo is none
+        # An end that the others outdo is none.
+        among_first = torch.arange(2 * beams, device=token.device) < beams
         offer = (best / (i + 1)).masked_fill(~(ended & among_first & open_), nothing)
         end_score, kept = torch.cat([end_score, offer], 1).topk(beams)
         ends = torch.cat([ends, grown], 1).gather(1, kept[..., None].expand(-1, -1, max_tokens))

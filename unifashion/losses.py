@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def similarity(image: Tensor, text: Tensor) -> Tensor:
-    """image (i,q,d), text (t,d), unit vectors -> (i,t): the best of the queries. In float32 at least: bf16 ties cost recall."""
+    """image (b1,q,c), text (b2,c), unit vectors -> (b1,b2): the best of the queries. In float32 at least: bf16 ties cost recall."""
     with torch.autocast(image.device.type, enabled=False):
-        scores = torch.einsum("iqd,td->itq", _wide(image), _wide(text))
+        scores = torch.einsum("iqc,jc->ijq", _wide(image), _wide(text))
     return scores.amax(-1)
 
 
@@ -20,7 +20,7 @@ def itc(sim: Tensor, temp: Tensor) -> Tensor:
 
 
 def hard_negatives(
-    sim: Tensor, temp: Tensor, same: Tensor, generator: torch.Generator, to_own: Tensor | None = None
+    sim: Tensor, temp: Tensor, same: Tensor, generator: torch.Generator, sim_extra: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """
     For each image a text, and for each text an image, that look alike and do not belong together (BLIP-2, Sec. 3.1).
@@ -29,29 +29,26 @@ def hard_negatives(
     same       (b,b) bool, True where image and text do belong together: never drawn. A row that is all True draws
                from the other items evenly.
     generator  on the CPU: the draw is the same whatever the device
-    to_own     (b,) similarity of each text to one image more, its own negative (in composed retrieval, the reference)
-    ->         text index for each image (b,), image index for each text (b,); b stands for the image of `to_own`
+    sim_extra  (b,) similarity of each text to one extra candidate image (in composed retrieval, the query's reference)
+    ->         text index for each image (b,), image index for each text (b,); there, index b means the extra image
     """
     logits = (sim.detach() / temp.detach()).float().cpu()
     same = same.cpu()
 
     def draw(logits: Tensor, same: Tensor) -> Tensor:
-        likely = (
-            logits.masked_fill(same, -1e4).softmax(-1).nan_to_num()
-        )  # of a run that diverged: its losses tell
-        weights = likely.masked_fill(same, 0.0) + 1e-6 * (~same)
-        lonely = same.all(-1, keepdim=True)
+        # nan_to_num: after a divergence the NaN loss is reported (runs.NaNWatch), not a crash of multinomial.
+        likely = logits.masked_fill(same, -1e4).softmax(-1).nan_to_num()
+        weights = likely.masked_fill(same, 0.0) + 1e-6 * (~same)  # 1e-6: allowed, though softmax underflows
+        no_negative = same.all(-1, keepdim=True)
         others = 1.0 - torch.eye(*same.shape)
-        return torch.multinomial(torch.where(lonely, others, weights), 1, generator=generator)[:, 0]
+        return torch.multinomial(torch.where(no_negative, others, weights), 1, generator=generator)[:, 0]
 
     texts = draw(logits, same)
     logits, same = logits.T, same.T
-    if to_own is not None:
-        own = (to_own.detach() / temp.detach()).float().cpu()[:, None]
-        logits, same = (
-            torch.cat([logits, own], 1),
-            torch.cat([same, torch.zeros_like(own, dtype=torch.bool)], 1),
-        )
+    if sim_extra is not None:
+        extra = (sim_extra.detach() / temp.detach()).float().cpu()[:, None]
+        logits = torch.cat([logits, extra], 1)
+        same = torch.cat([same, torch.zeros_like(extra, dtype=torch.bool)], 1)
     return texts.to(sim.device), draw(logits, same).to(sim.device)
 
 

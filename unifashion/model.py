@@ -115,7 +115,7 @@ class UniFashion(nn.Module):
 
     def style(self, context: Tensor) -> Tensor:
         """
-        context (b,t,context_dim) -> (b,time_dim), what every res block of the U-Net and the garment encoder is told of it.
+        context (b,q,context_dim) -> (b,time_dim), what every res block of the U-Net and the garment encoder is told of it.
 
         Not in the paper. TINY has cross-attention at one coarse level only; what it says of a pattern or a second colour takes
         far longer to reach the fine ones, which have to draw it. It starts at zero: published U-Nets draw as they did.
@@ -167,9 +167,8 @@ class UniFashion(nn.Module):
         out = self.unet(unet_in, t, self.unet.context(context), inject, style)
         if self.cfg.prediction == "eps":
             return out
-        wide = torch.promote_types(
-            x.dtype, torch.float32
-        )  # in bfloat16, 1 - a_t would be 0 where there is little noise
+        # In bfloat16, 1 - a_t would be 0 where there is little noise.
+        wide = torch.promote_types(x.dtype, torch.float32)
         a = alphas_cumprod().to(x.device, wide)[t][:, None, None, None]
         return v_to_eps(out.to(wide), x.to(wide), a)
 

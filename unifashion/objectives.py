@@ -6,10 +6,11 @@ generate   q2I: the picture from Z_I                       Eq. 7
 composed   reference + modification text -> target         Eq. 9-13
 tryon      q2I: a person in a garment                      Eq. 7, Fig. 3
 
-Each has an `encode_...`, the frozen half, whose output may be kept (`feed.batches`), and a function -> {name: loss}. Where the
-Q-Former learns, a batch has "features" of the ViT, before ln_vision (which learns, too: `seen` is what comes after it); where it
-is frozen, "z". `lots` is what is drawn by lot for the batch,
-`progress` 0 to 1 how far the run is. Several processes each have their share of the batch: losses that compare samples gather.
+Each objective is a pair: `encode_...` runs the frozen networks, so its output may be cached (`feed.batches`); the function of
+the objective's name returns {loss name: scalar}. While the Q-Former trains, a batch carries the ViT's "features" before
+ln_vision, which trains too (`seen` is what comes after it); where the Q-Former is frozen, it carries "z" itself. `rng` has the
+batch's random numbers, `progress` in [0,1] is the fraction of the run that is done. Each of several processes has its share of
+the batch: contrastive losses gather over them.
 """
 
 import torch
@@ -17,33 +18,40 @@ from torch import Tensor
 
 from unifashion import diffusion, losses
 from unifashion.model import UniFashion
-from unifashion.parallel import gather, own
-from unifashion.training import Lots
+from unifashion.parallel import gather, local_rows
+from unifashion.training import BatchRNG
 
 # Left out at random, and learned to do without. context: for guidance, as latent diffusion does; pose: infer.py may have none;
 # hint: a garment that only the Q-Former read. The paper gives no numbers.
 DROP = {"context": 0.2, "pose": 0.1, "hint": 0.1}
 
 Batch = dict[str, Tensor]
-PASSED_ON = (
-    "ids", "mask", "product", "before", "after", "answer", "ways", "ways_mask", "caption_ids", "caption_mask", "target_id", "index",
-)  # fmt: skip
+PIXELS = {
+    "picture",
+    "pictures",
+    "x0",
+    "person",
+    "agnostic",
+    "pose",
+    "hints",
+}  # what the frozen networks encode
 
 
-def _passed_on(batch: Batch) -> Batch:
-    return {k: batch[k] for k in PASSED_ON if k in batch}
+def _texts(batch: Batch) -> Batch:
+    """All but pixels: token ids, masks, ids of products, odds, the mask at latent resolution."""
+    return {k: v for k, v in batch.items() if k not in PIXELS}
 
 
 @torch.no_grad()
 def encode_picture(model: UniFashion, batch: Batch) -> Batch:
     """For a Q-Former that learns: features (b,257,1408)."""
-    return {"features": model.vit(batch["picture"]), **_passed_on(batch)}
+    return {"features": model.vit(batch["picture"]), **_texts(batch)}
 
 
 @torch.no_grad()
 def encode_z(model: UniFashion, batch: Batch) -> Batch:
-    """For the readers of a frozen Q-Former: Z_I (b,32,768)."""
-    return {"z": model.qformer(model.see(batch["picture"]))[0], **_passed_on(batch)}
+    """For training on a frozen Q-Former: Z_I (b,32,768)."""
+    return {"z": model.qformer(model.see(batch["picture"]))[0], **_texts(batch)}
 
 
 @torch.no_grad()
@@ -56,7 +64,7 @@ def encode_generate(model: UniFashion, batch: Batch) -> Batch:
 @torch.no_grad()
 def encode_composed(model: UniFashion, batch: Batch) -> Batch:
     """features of reference and target (b,2,257,1408), texts; mean and logvar of the target, where it is to be drawn."""
-    encoded = _passed_on(batch)
+    encoded = _texts(batch)
     encoded["features"] = torch.stack([model.vit(p) for p in batch["pictures"].unbind(1)], dim=1)
     if "x0" in batch:
         # In pieces: at full size the VAE's activations of 128 pictures would be the largest thing in memory.
@@ -70,15 +78,13 @@ def encode_tryon(model: UniFashion, batch: Batch) -> Batch:
     """features (b,2,257,1408) and hints (b,2,4,64,48) of cloth and sketch, and the scene."""
     mean, logvar = model.vae.moments(batch["person"])
     return {
-        **_passed_on(batch),
+        **_texts(batch),
         "features": torch.stack([model.vit(p) for p in batch["pictures"].unbind(1)], dim=1),
         "hints": torch.stack([model.vae.encode(h) for h in batch["hints"].unbind(1)], dim=1),
         "mean": mean,
         "logvar": logvar,
         "agnostic": model.vae.encode(batch["agnostic"]),
-        "keep": batch["keep"],
         "pose": model.vae.encode(batch["pose"]),
-        "odds": batch["odds"],
     }
 
 
@@ -87,8 +93,8 @@ def z_i(model: UniFashion, batch: Batch) -> Tensor:
     return batch["z"] if "z" in batch else model.qformer(model.qformer.ln_vision(batch["features"]))[0]
 
 
-def cross(model: UniFashion, batch: Batch, lots: Lots, progress: float) -> Batch:
-    """Eq. 5. The negatives of ITM are even draws at first and hard from half of the run on: a curriculum."""
+def cross(model: UniFashion, batch: Batch, rng: BatchRNG, progress: float) -> Batch:
+    """Eq. 5."""
     qformer, features = model.qformer, batch["features"]
     _clamp(qformer.temp)
     ids, mask = batch["ids"], batch["mask"]
@@ -99,9 +105,8 @@ def cross(model: UniFashion, batch: Batch, lots: Lots, progress: float) -> Batch
 
     all_ids, all_mask, product = gather(ids), gather(mask), gather(batch["product"])
     same = (product[:, None] == product) | (all_ids[:, None] == all_ids).all(-1)
-    hardness = min(1.0, 2 * progress)
-    drawn = losses.hard_negatives(sim * hardness, qformer.temp, same, lots.generator)
-    no_text, no_image = map(own, drawn)
+    negatives = losses.hard_negatives(sim * _hardness(progress), qformer.temp, same, rng.generator)
+    no_text, no_image = map(local_rows, negatives)
     wrong = qformer.ln_vision(gather(features)[no_image])
     z, _ = qformer(  # one pass over (image, text), (image, wrong text), (wrong image, text)
         torch.cat([seen, seen, wrong]),
@@ -112,20 +117,20 @@ def cross(model: UniFashion, batch: Batch, lots: Lots, progress: float) -> Batch
     return {"ITC": losses.itc(sim, qformer.temp), "ITM": losses.itm(logits[: len(ids)], logits[len(ids) :])}
 
 
-def caption(model: UniFashion, batch: Batch, lots: Lots, progress: float) -> Batch:
+def caption(model: UniFashion, batch: Batch, rng: BatchRNG, progress: float) -> Batch:
     """Eq. 6."""
     return {"ITG": _itg(model, z_i(model, batch), batch)}
 
 
-def generate(model: UniFashion, batch: Batch, lots: Lots, progress: float) -> Batch:
+def generate(model: UniFashion, batch: Batch, rng: BatchRNG, progress: float) -> Batch:
     """Eq. 7. Everything is to be repainted, and nothing is known but Z_I."""
     z = z_i(model, batch)
-    context = model.drop_context(model.image_adapter(z), lots.keep(DROP["context"]))
-    return {"q2I": _q2i(model, batch, context, lots)}
+    context = model.drop_context(model.image_adapter(z), rng.keep(DROP["context"]))
+    return {"q2I": _q2i(model, batch, context, rng)}
 
 
 def composed(
-    model: UniFashion, batch: Batch, lots: Lots, progress: float, without: tuple[str, ...] = ()
+    model: UniFashion, batch: Batch, rng: BatchRNG, progress: float, without: tuple[str, ...] = ()
 ) -> Batch:
     """
     Eq. 13 less the parts that Table 5 leaves out: `without` some of "itg", "q2i", "caption".
@@ -138,7 +143,7 @@ def composed(
     _clamp(qformer.temp)
     reference, target = batch["features"].unbind(1)
     row = torch.arange(len(reference), device=reference.device)
-    way = lots.choose(torch.ones(batch["ways"].shape[:2]))  # in which the two captions are joined
+    way = rng.categorical(torch.ones(batch["ways"].shape[:2]))  # in which the two captions are joined
     ids, mask = batch["ways"][row, way], batch["ways_mask"][row, way]
     seen, seen_target = qformer.ln_vision(reference), qformer.ln_vision(target)
     z_r, text = qformer(seen, ids, mask)  # Eq. 9
@@ -151,19 +156,19 @@ def composed(
         parts["ITC caption"] = losses.itc(_dot(gather(qformer.embed_text(words)), e_cls), qformer.temp)
 
     # ITM: do the queries that read (reference, text) find in a picture what they ask for? The reference itself is the likeliest
-    # wrong answer to itself, so it is a candidate beside the other targets.
+    # wrong answer to its query, so it is a candidate beside the other targets.
     with torch.no_grad():
         z, _ = qformer(seen)
-        to_own = losses.similarity(qformer.embed_image(z), own(e_cls)).diagonal()
-    target_id, hardness = gather(batch["target_id"]), min(1.0, 2 * progress)
-    drawn = losses.hard_negatives(
-        sim * hardness,
+        sim_reference = losses.similarity(qformer.embed_image(z), local_rows(e_cls)).diagonal()
+    target_id, hardness = gather(batch["target_id"]), _hardness(progress)
+    negatives = losses.hard_negatives(
+        sim * _hardness(progress),
         qformer.temp,
         target_id[:, None] == target_id,
-        lots.generator,
-        gather(to_own) * hardness,
+        rng.generator,
+        gather(sim_reference) * hardness,
     )
-    no_query, no_target = map(own, drawn)
+    no_query, no_target = map(local_rows, negatives)
     targets = gather(target)
     is_reference = (no_target == len(targets))[:, None, None]
     wrong = torch.where(is_reference, reference, targets[no_target.clamp(max=len(targets) - 1)])
@@ -179,29 +184,29 @@ def composed(
     if "itg" not in without:
         parts["ITG"] = _itg(model, z_r, batch)
     if "q2i" not in without:
-        parts["q2I"] = _q2i(model, batch, model.image_adapter(z_r), lots)
+        parts["q2I"] = _q2i(model, batch, model.image_adapter(z_r), rng)
     return parts
 
 
-def tryon(model: UniFashion, batch: Batch, lots: Lots, progress: float) -> Batch:
-    """Eq. 7 with what is known of the person. For each sample one of `samples.CONDITIONS` is drawn."""
+def tryon(model: UniFashion, batch: Batch, rng: BatchRNG, progress: float) -> Batch:
+    """Eq. 7 with what is known of the person. Each sample is conditioned on one of `samples.CONDITIONS`, at random."""
     row = torch.arange(len(batch["mean"]), device=batch["mean"].device)
-    chosen = lots.choose(batch["odds"])  # cloth, cloth+text, sketch+text, sketch
-    drawing, reads = (chosen >= 2).long(), (chosen == 1) | (chosen == 2)
-    hint, z = batch["hints"][row, drawing], z_of_condition(model, batch, drawing, reads)
-    pose = batch["pose"] * lots.keep(DROP["pose"])[:, None, None, None]
+    condition = rng.categorical(batch["odds"])  # cloth, cloth+text, sketch+text, sketch
+    is_sketch, uses_text = (condition >= 2).long(), (condition == 1) | (condition == 2)
+    hint, z = batch["hints"][row, is_sketch], z_of_condition(model, batch, is_sketch, uses_text)
+    pose = batch["pose"] * rng.keep(DROP["pose"])[:, None, None, None]
     scene = model.scene(batch["agnostic"], batch["keep"], pose)
-    context = model.drop_context(model.image_adapter(z), lots.keep(DROP["context"]))
-    keep_hint = lots.keep(DROP["hint"]).to(hint.dtype)
-    return {"q2I": _q2i(model, batch, context, lots, scene, hint, keep_hint)}
+    context = model.drop_context(model.image_adapter(z), rng.keep(DROP["context"]))
+    keep_hint = rng.keep(DROP["hint"]).to(hint.dtype)
+    return {"q2I": _q2i(model, batch, context, rng, scene, hint, keep_hint)}
 
 
-def z_of_condition(model: UniFashion, batch: Batch, drawing: Tensor, reads: Tensor) -> Tensor:
-    """drawing (b,) 0 for the cloth, 1 for the sketch; reads (b,) bool, whether with the text -> Z (b,32,768)."""
-    row = torch.arange(len(drawing), device=drawing.device)
-    seen = model.qformer.ln_vision(batch["features"][row, drawing])
-    # A text that nobody sees is no text: the queries attend to what the mask shows.
-    z, _ = model.qformer(seen, batch["ids"], batch["mask"] & reads[:, None])
+def z_of_condition(model: UniFashion, batch: Batch, is_sketch: Tensor, uses_text: Tensor) -> Tensor:
+    """is_sketch (b,) 0 for the cloth photo, 1 for the sketch; uses_text (b,) bool -> Z (b,32,768)."""
+    row = torch.arange(len(is_sketch), device=is_sketch.device)
+    seen = model.qformer.ln_vision(batch["features"][row, is_sketch])
+    # A text that is masked is no text: the queries attend to what the mask shows.
+    z, _ = model.qformer(seen, batch["ids"], batch["mask"] & uses_text[:, None])
     return z
 
 
@@ -214,23 +219,28 @@ def _q2i(
     model: UniFashion,
     batch: Batch,
     context: Tensor,
-    lots: Lots,
+    rng: BatchRNG,
     scene: Tensor | None = None,
     hint: Tensor | None = None,
     keep_hint: Tensor | None = None,
 ) -> Tensor:
     mean, logvar = batch["mean"], batch["logvar"]
     shape = mean.shape[1:]
-    x0 = model.vae.sample(mean, logvar, lots.normal(*shape))
-    t, noise = lots.timesteps(diffusion.TIMESTEPS), lots.normal(*shape)
+    x0 = model.vae.sample(mean, logvar, rng.normal(*shape))
+    t, noise = rng.timesteps(diffusion.TIMESTEPS), rng.normal(*shape)
     scene = model.blank_scene(len(mean)) if scene is None else scene
     x = diffusion.q_sample(x0, t, noise)
     return model.q2i(model.predict_noise(x, t, scene, context, hint, keep_hint), noise, t)
 
 
 def _dot(captions: Tensor, e_cls: Tensor) -> Tensor:
-    """Unit vectors (i,d), (t,d) -> (i,t), in float32."""
+    """Unit vectors (b1,c), (b2,c) -> (b1,b2), in float32."""
     return losses.similarity(captions[:, None], e_cls)
+
+
+def _hardness(progress: float) -> float:
+    """ITM's curriculum: similarities are scaled 0 to 1 over the first half of the run, so negatives go from uniform to hard."""
+    return min(1.0, 2 * progress)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ here makes their steps those of one process with the whole batch:
     gradients                              `average`, after backward: what is exact for both
 
 DistributedDataParallel hides this behind one backward pass a step. Here each loss has its own, since each is clipped on its own
-(`training.backward_apart`), so the averaging is written out. With one process everything here is the identity.
+(`training.clipped_backward`), so the averaging is written out. With one process everything here is the identity.
 """
 
 import os
@@ -67,8 +67,8 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def together(error: UserError | None = None) -> None:
-    """Wait for all. The error of any process is raised in every one: none is left waiting for one that is gone."""
+def barrier(error: UserError | None = None) -> None:
+    """Wait for all processes. An error of any is raised in every one: none is left waiting for one that is gone."""
     errors = [error and str(error)]
     if world() > 1:
         errors *= world()
@@ -77,10 +77,10 @@ def together(error: UserError | None = None) -> None:
         raise UserError(told)
 
 
-def tell(error: str) -> None:
+def print_error_once(error: str) -> None:
     """
-    Print what ends the run: by the first process that meets an error, and the others wait until it has, since torchrun ends
-    all as soon as one has left.
+    Print what ends the run, in the first process that meets an error. The others wait until it has printed, since torchrun
+    ends all processes as soon as one has left.
     """
     first = _notes is None
     with suppress(RuntimeError):  # of a store that is gone, with the process that kept it and told
@@ -94,8 +94,8 @@ def tell(error: str) -> None:
             _notes.set("told", "")
 
 
-def follows() -> bool:
-    """Whether another process has told an error: one that this process meets now is that it is gone."""
+def another_failed() -> bool:
+    """Whether another process has printed an error: then what fails here now is only that the other is gone."""
     with suppress(RuntimeError):
         return _notes is not None and _notes.add("errors", 0) > 0
     return True  # the one that kept the notes is gone, too
@@ -108,20 +108,20 @@ def share(batch: int) -> int:
     return batch // world()
 
 
-def few(batch: int, n: int) -> int:
-    """How many of n samples each process evaluates at a time, at most its share of a batch. UserError if that is none."""
+def val_batch(batch: int, n: int) -> int:
+    """How many of n held-out samples each process evaluates at a time, at most its share of a batch. UserError if that is none."""
     if n < world():
         raise UserError(f"{n} samples are held out, too few for {world()} processes")
     return min(batch, n) // world()
 
 
-def own(x: Tensor) -> Tensor:
-    """x (b,...) of all processes -> the rows (b/world,...) of this one."""
+def local_rows(x: Tensor) -> Tensor:
+    """x (b,...), the batch of all processes -> the rows (b/world,...) of this one."""
     return x.chunk(world())[rank()]
 
 
-def apart(seed: int) -> int:
-    """A seed for what may differ between processes, as dropout does between samples; of the first, or only one, `seed`."""
+def rank_seed(seed: int) -> int:
+    """A seed of this process, for dropout: `seed` itself in the first, or only, process."""
     return seed + (rank() << 33)
 
 
@@ -137,7 +137,7 @@ class _Gather(torch.autograd.Function):
         # Each process computed the whole loss, and `average` will divide by their number: so this is the sum.
         grad = grad.clone(memory_format=torch.contiguous_format)  # it may be another's, too
         dist.all_reduce(grad)
-        return own(grad)
+        return local_rows(grad)
 
 
 def gather(x: Tensor) -> Tensor:
@@ -149,8 +149,8 @@ def gather(x: Tensor) -> Tensor:
     return _Gather.apply(x)
 
 
-def same(tensors: Iterable[Tensor]) -> None:
-    """In place, the first process's values in all: what starts random is equal by its seed only where the devices are."""
+def broadcast_(tensors: Iterable[Tensor]) -> None:
+    """In place, the first process's values in all: random initialisation is equal by its seed only on equal devices."""
     if world() > 1:
         for x in tensors:
             plain = x.detach().contiguous()
@@ -192,22 +192,21 @@ def norm(tensors: Iterable[Tensor]) -> Tensor:
     return total**0.5
 
 
-def anywhere(asked: bool) -> bool:
-    """Whether any process says so."""
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is True in any process."""
     if world() == 1:
-        return asked
-    flag = torch.tensor(float(asked))
+        return flag
+    flag = torch.tensor(float(flag))
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
 
-def most(n: int) -> int:
-    """The largest of the processes' n."""
+def max_over_processes(n: int) -> int:
     if world() == 1:
         return n
-    told = torch.tensor(n)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return int(told)
+    n = torch.tensor(n)
+    dist.all_reduce(n, dist.ReduceOp.MAX)
+    return int(n)
 
 
 def whole(x: Tensor) -> Tensor:
@@ -230,13 +229,13 @@ def like(x: Tensor, target: Tensor) -> Tensor:
     return distribute_tensor(x, target.device_mesh, target.placements)
 
 
-def shard(units: Iterable[nn.Module], methods: tuple[str, ...] = ()) -> None:
+def shard(units: Iterable[nn.Module]) -> None:
     """
     Cut the parameters of each module among the processes (FSDP2): it is whole only while it runs.
 
     None of `units` may be within another: their parts are also called from outside of the networks' forward (keys and values
-    of a context, embeddings, logits), which FSDP's usual one root would not see. `methods` are those other than forward that
-    units are called by. LoRA's matrices stay whole in every process: they are small, and of another type than what is frozen.
+    of a context, embeddings, logits), which FSDP's usual one root would not see. LoRA's matrices stay whole in every process:
+    they are small, and of another type than what is frozen.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -249,6 +248,5 @@ def shard(units: Iterable[nn.Module], methods: tuple[str, ...] = ()) -> None:
         cut = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=lora)
         if device.type == "cpu":  # gloo cannot average, only sum
             cut.set_force_sum_reduction_for_comms(True)
-        for name in methods:
-            if hasattr(unit, name):
-                register_fsdp_forward_method(unit, name)
+        if hasattr(unit, "kv"):  # keys and values of a context, computed once, outside of forward
+            register_fsdp_forward_method(unit, "kv")

@@ -92,7 +92,7 @@ def lock(out: Path) -> None:
                 error = UserError(
                     f"{out}/lock cannot be locked ({refused.strerror}): name an --out elsewhere"
                 )
-    parallel.together(error)
+    parallel.barrier(error)
 
 
 def asked_before(out: Path, resume: bool) -> dict:
@@ -127,7 +127,7 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
             )
     if has_checkpoint(out) and (done := _state_of(_whole_one(out / "last"))["step"]) > config["steps"]:
         raise UserError(f"{out} has done {done} steps already, more than the {config['steps']} of --steps")
-    parallel.together()  # all have looked before the first of them writes
+    parallel.barrier()  # all have looked before the first of them writes
     lock(out)
     if parallel.rank() == 0:
         for folder in (out / "last", out / "best"):
@@ -139,7 +139,7 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
         new.write_text(json.dumps(config, indent=1))
         new.replace(out / "config.json")
         (out / "samples").mkdir(exist_ok=True)
-    parallel.together()
+    parallel.barrier()
 
 
 def model_file(path: Path) -> Path:
@@ -187,7 +187,7 @@ def save_checkpoint(
             _write(folder, tensors, moments, {**state, "modules": modules, "commit": git_commit()})
         except UserError as full:
             error = full
-    parallel.together(error)
+    parallel.barrier(error)
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], moments: dict[str, Tensor], state: dict) -> None:
@@ -241,16 +241,16 @@ def save_evaluated(
         tqdm.write(f"step {state['step']}: val {val:.4f}" + ", the best so far" * better, file=sys.stderr)
     for folder in (
         ("best", "last") if better else ("last",)
-    ):  # killed between the two, the run makes `best` again
+    ):  # `best` first: a kill between the two loses nothing
         save_checkpoint(out / folder, model, modules, optimizer, parameters, ema, state)
     if parallel.rank() == 0:
         sheets.draw_curves([out], out / "losses.png")
 
 
-class Watch:
+class NaNWatch:
     """
-    Notices at which step a loss or its gradient first was not a number, without waiting for the device at every step: `check` does, where the
-    losses are shown.
+    Remembers at which step a loss or a gradient's norm first was not finite, without waiting for the device at every step: `check`
+    waits, where the losses are logged.
     """
 
     def __init__(self, out: Path, names: dict[str, list[str]], device: torch.device) -> None:
@@ -279,7 +279,7 @@ class Watch:
             (self.out / name).write_text(json.dumps(told, indent=1))
             bad = next(k for k, v in values.items() if not math.isfinite(v))
             error = UserError(diverged(self.out, bad, values[bad], step) + f"; {name} has its samples")
-        parallel.together(error)
+        parallel.barrier(error)
         self.seen.clear()
 
 
@@ -335,9 +335,7 @@ def load_checkpoint(
                 k: v.to(home) if k == "step" else parallel.like(v, p.data) for k, v in held.items()
             }
     if moments:
-        raise UserError(
-            f"{folder}: {next(iter(moments))} belongs to no trained parameter; was --stage another?"
-        )
+        raise UserError(f"{folder}: {next(iter(moments))} belongs to no trained parameter")
     if ema is not None:
         ema.n = state["averaged"]
     return state

@@ -203,9 +203,8 @@ def build_vocab(texts: list[str]) -> list[str]:
     """
     words = {word for text in texts for word in split_words(text)}
     characters = set(string.ascii_lowercase + string.digits + string.punctuation).union(*words)
-    inner = sorted(
-        c for c in characters if not _is_punctuation(c) and not _is_cjk(c)
-    )  # the others stand alone
+    # The others stand alone.
+    inner = sorted(c for c in characters if not _is_punctuation(c) and not _is_cjk(c))
     return SPECIALS + sorted(characters) + ["##" + c for c in inner] + sorted(words - characters)
 
 

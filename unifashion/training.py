@@ -26,6 +26,13 @@ from unifashion import UserError, parallel
 from unifashion.config import PRESETS
 from unifashion.data import toy
 
+# AdamW of the Q-Former is the official code's, that of the diffusion side the paper's appendix B.
+ADAMW = {
+    "qformer": {"weight_decay": 0.05, "betas": (0.9, 0.98)},
+    "diffusion": {"weight_decay": 0.01, "betas": (0.9, 0.999)},
+}
+TEMPERATURE_LR = 2e-5  # at most: a faster temperature sharpens ITC until its gradient drowns ITM's
+
 
 def common_arguments(parser: argparse.ArgumentParser, defaults: dict[str, dict[str, dict]]) -> None:
     """The flags of both scripts. `defaults` {preset: {stage: {...}}}: flags that mean another thing in each are None here."""
@@ -160,9 +167,9 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 _FUSED_ATTENTION = F.scaled_dot_product_attention
 
 
-def wide_attention(device: torch.device, dtype: str) -> None:
-    """For the rest of the process: on a CPU in bfloat16, attention that learns is computed in float32. The backward pass of the fused
-    kernel takes 3 to 7 times as long in bfloat16, and the plain one, which writes all weights out, twice as long."""
+def float32_attention(device: torch.device, dtype: str) -> None:
+    """For the rest of the process: on a CPU in bfloat16, attention with a gradient is computed in float32. The backward pass of the
+    fused kernel takes 3 to 7 times as long in bfloat16, and the plain one, which writes all weights out, twice as long."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **how) -> Tensor:
         if not torch.is_grad_enabled():
@@ -183,59 +190,61 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:  # from a DataLoader's worker it comes with the worker's traceback before it
         told = str(error).strip().splitlines()[-1].removeprefix("unifashion.UserError: ")
-        parallel.tell(f"{Path(sys.argv[0]).name}: {told}")
+        parallel.print_error_once(f"{Path(sys.argv[0]).name}: {told}")
         sys.exit(2)
     except RuntimeError:  # of several processes one is gone, and has said why
-        if not parallel.follows():
+        if not parallel.another_failed():
             raise
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         told = "the disk is full. What was saved before is whole"
-        parallel.tell(f"{Path(sys.argv[0]).name}: {told}")
+        parallel.print_error_once(f"{Path(sys.argv[0]).name}: {told}")
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
         sys.exit(130)
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of what follows
-        for reader in (
-            multiprocessing.active_children()
-        ):  # of Python's one SIGTERM they take no heed (`feed._heedless`)
-            reader.kill()
+        for (
+            worker
+        ) in multiprocessing.active_children():  # they ignore the first SIGTERM (`feed._ignore_signals`)
+            worker.kill()
         parallel.leave()
 
 
-class Lots:
+class BatchRNG:
     """
-    What is drawn by lot for one batch: from a key (what for, seed, step) and the sample's place in the batch of all
-    processes, of which each has its share.
+    The random numbers of one batch, keyed by (purpose, seed, step). They are made for the batch of all processes, and each takes
+    its rows: how many processes there are changes none of them.
     """
 
-    def __init__(self, what: str, seed: int, step: int, b: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, purpose: str, seed: int, step: int, b: int, device: torch.device | str = "cpu"
+    ) -> None:
         """b: samples of this process"""
-        self.generator = seeded(what, seed, step)
+        self.generator = seeded(purpose, seed, step)
         self.b, self.device = b * parallel.world(), device
 
-    def _own(self, x: Tensor) -> Tensor:
-        return parallel.own(x).to(self.device)
+    def _local(self, x: Tensor) -> Tensor:
+        return parallel.local_rows(x).to(self.device)
 
     def normal(self, *shape: int) -> Tensor:
         """(b,*shape) ~ N(0,1)"""
-        return self._own(torch.randn(self.b, *shape, generator=self.generator))
+        return self._local(torch.randn(self.b, *shape, generator=self.generator))
 
     def timesteps(self, n: int) -> Tensor:
         """(b,) whole numbers 0 to n-1"""
-        return self._own(torch.randint(0, n, (self.b,), generator=self.generator))
+        return self._local(torch.randint(0, n, (self.b,), generator=self.generator))
 
     def keep(self, drop: float) -> Tensor:
         """(b,) bool, False with probability `drop`"""
-        return self._own(torch.rand(self.b, generator=self.generator) >= drop)
+        return self._local(torch.rand(self.b, generator=self.generator) >= drop)
 
-    def choose(self, odds: Tensor) -> Tensor:
-        """odds (b,n), on the CPU -> (b,) one of n for each row"""
-        u = parallel.own(torch.rand(self.b, generator=self.generator))
+    def categorical(self, odds: Tensor) -> Tensor:
+        """odds (b,n), unnormalised, on the CPU -> (b,) one of n for each row"""
+        u = parallel.local_rows(torch.rand(self.b, generator=self.generator))
         bounds = odds.cumsum(1)
         return (u[:, None] * bounds[:, -1:] >= bounds).sum(1).clamp(max=odds.shape[1] - 1).to(self.device)
 
@@ -266,6 +275,11 @@ def train_mode(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         module.train(name in learning)
 
 
+def override(defaults: dict, args: argparse.Namespace) -> dict:
+    """`defaults`, with the value of each flag that was given."""
+    return {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in defaults.items()}
+
+
 def planned_steps(args: argparse.Namespace, hparams: dict, samples: int, before: dict) -> int:
     """
     --steps, or --epochs over so many samples, or what the run that goes on was asked for `before`, or the default.
@@ -284,18 +298,18 @@ def planned_steps(args: argparse.Namespace, hparams: dict, samples: int, before:
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
-    """The factor of the learning rate: linear from 0 over `warmup` steps, then a half cosine to 0."""
+    """The factor of the learning rate: linear from 1/warmup to 1 over `warmup` steps, then a half cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def constant(step: int, steps: int, decay: float) -> float:
-    """The factor of the learning rate: 1, but over the last `decay` (a share) of the steps it falls linearly to 0."""
+def linear_decay(step: int, steps: int, decay: float) -> float:
+    """The factor of the learning rate: 1, then linear towards 0 over the last fraction `decay` of the steps; 0: constant."""
     return min(1.0, (steps - step) / max(1, steps * decay))
 
 
-def backward_apart(losses: dict[str, Tensor], parameters: list[nn.Parameter], share: float) -> Tensor:
+def clipped_backward(losses: dict[str, Tensor], parameters: list[nn.Parameter], share: float) -> Tensor:
     """
     Add each loss's gradient to `.grad`, averaged over the processes, clipped to norm 1 on its own and times `share`.
     -> the norms before (losses,). `losses` are detached: the activations of each are let go once it is done.
@@ -384,15 +398,15 @@ def averaged(ema: EMA | None) -> Iterator[None]:
 
 class Stop:
     """
-    From `heed` on Ctrl-C and SIGTERM ask for the end: the loop finishes its step, saves and leaves. Asked again, they end at
-    once; not where torchrun passes on what a cluster's scheduler has sent to every process already. It waits 30 seconds
-    (--shutdown-timeout).
+    After `install`, Ctrl-C and SIGTERM set `asked`: the loop finishes its step, saves and leaves. A second signal kills at once;
+    not under torchrun, which passes on what a cluster's scheduler may have sent to every process already (it kills after 30
+    seconds, --shutdown-timeout).
     """
 
     def __init__(self) -> None:
         self.asked = False
 
-    def heed(self) -> None:
+    def install(self) -> None:
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self._ask)
 
@@ -403,7 +417,7 @@ class Stop:
 
     def asked_anywhere(self) -> bool:
         """Whether it was asked of any process: all leave after the same step."""
-        self.asked = parallel.anywhere(self.asked)
+        self.asked = parallel.any_process(self.asked)
         return self.asked
 
 

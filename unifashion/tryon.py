@@ -39,14 +39,14 @@ def person_tensors(
     return tensors
 
 
-def garment_tensors(garment: Image.Image, drawn: bool, cfg: UniFashionConfig) -> dict[str, Tensor]:
+def garment_tensors(garment: Image.Image, is_sketch: bool, cfg: UniFashionConfig) -> dict[str, Tensor]:
     """
     One garment as the garment encoder and as the Q-Former see it: whole, padded with the white around a photo, or with the
     black around a drawing (a sketch, bright lines on black).
 
     garment RGB -> hint (3,512,384) in [-1,1], picture (3,224,224) with CLIP's mean and deviation
     """
-    fill = 0 if drawn else 255
+    fill = 0 if is_sketch else 255
     return {
         "hint": unet_picture(garment, cfg, fill),
         "picture": qformer_image(garment, cfg.vit.image_size[0], fill=fill),

@@ -229,7 +229,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def company(preset: str, folder: Path | None = None) -> dict[str, str]:
+def frozen_hashes(preset: str, folder: Path | None = None) -> dict[str, str]:
     """{name: sha256} of the frozen files that a tiny model is trained with. Of full size nothing is noted yet."""
     if preset != "tiny":
         return {}

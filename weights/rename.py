@@ -73,9 +73,8 @@ def load_into(
             f"{originals[wrong[0]]}: shape {theirs} in the file, {ours} in the model ({wrong[0]}){_and_more(wrong)}"
         )
     for name, tensor in tensors.items():
-        if (
-            tensor.is_floating_point() != wanted[name].is_floating_point()
-        ):  # a quantised copy has the same names and shapes
+        # A quantised copy has the same names and shapes.
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
             raise UserError(
                 f"{originals[name]}: {tensor.dtype} in the file, {wanted[name].dtype} in the model"
             )

@@ -184,9 +184,8 @@ def draw_pose(person: Person, size: tuple[int, int] = (128, 96)) -> Image.Image:
         u, v = ((canvas.xy[inside] - frame[:, 2]) @ np.linalg.inv(frame[:, :2]).T).T
         across = 0.45 + 0.55 * np.clip((u / half + 1) / 2, 0, 1)
         along = 0.5 + 0.5 * np.clip((v - start) / (end - start), 0, 1)
-        pure = np.clip(
-            np.abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1
-        )  # the hue's red, green, blue
+        # The hue's red, green, blue.
+        pure = np.clip(np.abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
         canvas.rgb[inside] = 255 * along[:, None] * (1 - across[:, None] * (1 - pure))
     return canvas.image()
 

@@ -20,9 +20,8 @@ class Fashion200K:
 
     def __init__(self, root: str | Path, split: str = "train") -> None:
         self.root = Path(root)
-        files = sorted(
-            self.root.glob(f"labels/[!.]*_{split}_detect_all.txt")
-        )  # a Mac leaves others: ._dress_...
+        # A Mac leaves others: ._dress_...
+        files = sorted(self.root.glob(f"labels/[!.]*_{split}_detect_all.txt"))
         if not files or not (self.root / "women").is_dir():
             raise UserError(
                 f"{self.root} lacks labels/*_{split}_detect_all.txt or women/: {self.SOURCE}, or use --data toy."

@@ -45,7 +45,7 @@ from unifashion.preprocess import qformer_image, unet_image
 from unifashion.tokenizers import INSTRUCTIONS, SentencePiece, blip_caption, build_vocab
 from unifashion.vae import VAE, kl_divergence
 from unifashion.vit import ViT
-from weights.load import check_finished, company
+from weights.load import check_finished, frozen_hashes
 
 HERE = Path(__file__).parent
 DEFAULTS = {
@@ -201,7 +201,7 @@ def train(
     runs.start_run(out, {"part": part, "steps": steps, "batch": batch, "lr": lr}, args.resume)
     modules = sorted({name.split(".")[0] for name in parameters})
     state, stop = {"step": 0}, training.Stop()
-    stop.heed()
+    stop.install()
     if args.resume:
         state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, None)
     order = feed.batch_order(len(samples), batch, 0, state["step"], steps)
@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 f"{best} is missing: --init wants the folder of the last run, after an evaluation"
             )
-        beside = company("tiny", HERE)
+        beside = frozen_hashes("tiny", HERE)
         config = _read_config(args.init)
         if (done := read_json(args.init / "last/state.json")["step"]) < config["steps"]:
             raise UserError(f"{args.init} was stopped at step {done} of {config['steps']}: --resume goes on")

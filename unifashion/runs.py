@@ -139,6 +139,8 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
         new.write_text(json.dumps(config, indent=1))
         new.replace(out / "config.json")
         (out / "samples").mkdir(exist_ok=True)
+        for log in out.glob("skipped*.txt"):  # what was broken may have been mended
+            log.unlink()
     parallel.barrier()
 
 
@@ -247,6 +249,9 @@ def save_evaluated(
         sheets.draw_curves([out], out / "losses.png")
 
 
+GRADIENT = "the gradient of "  # what a loss's name is preceded by in messages
+
+
 class NaNWatch:
     """
     Remembers at which step a loss or a gradient's norm first was not finite, without waiting for the device at every step: `check`
@@ -262,14 +267,14 @@ class NaNWatch:
     def see(self, step: int, task: str, losses: dict[str, Tensor], norms: Tensor, index: Tensor) -> None:
         """norms (losses,): those of their gradients, which may overflow where a loss does not; index: of the samples"""
         losses = {name: x.detach() for name, x in losses.items()}
-        losses |= {f"the gradient of {name}": x for name, x in zip(losses, norms, strict=True)}
+        losses |= {f"{GRADIENT}{name}": x for name, x in zip(losses, norms, strict=True)}
         bad = ~torch.stack([x.float() for x in losses.values()]).isfinite().all()
         self.first = torch.where((self.first < 0) & bad, len(self.seen), self.first)
         self.seen.append((step, task, losses, index))
 
     def check(self) -> None:
         """Raise UserError if a loss was not a number, and leave RUN/nan.json: the checkpoints are from before that."""
-        first, error = int(self.first), None
+        first, of_loss, of_gradient = int(self.first), None, None
         if first >= 0:
             step, task, losses, index = self.seen[first]
             values = {name: float(x) for name, x in losses.items()}
@@ -279,7 +284,10 @@ class NaNWatch:
             (self.out / name).write_text(json.dumps(told, indent=1))
             bad = next(k for k, v in values.items() if not math.isfinite(v))
             error = UserError(diverged(self.out, bad, values[bad], step) + f"; {name} has its samples")
-        parallel.barrier(error)
+            of_loss, of_gradient = (None, error) if bad.startswith(GRADIENT) else (error, None)
+        # The process whose loss it was speaks first: by the average, the gradients of all are no numbers then.
+        parallel.barrier(of_loss)
+        parallel.barrier(of_gradient)
         self.seen.clear()
 
 

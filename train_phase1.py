@@ -209,7 +209,8 @@ def train(
                 batch = next(feeder)
                 torch.manual_seed(parallel.rank_seed(args.seed + micro))  # of dropout: by the step alone
                 rng = training.BatchRNG(stage, args.seed, micro, b, device)
-                parts = loss_of(model, batch, rng, step / steps)
+                hardness = training.hardness(step, steps, training.CURRICULUM[args.preset])
+                parts = loss_of(model, batch, rng, hardness)
             norms = training.clipped_backward(parts, list(parameters.values()), 1 / accumulate)
             watch.see(step, stage, parts, norms, batch["index"])
         optimizer.step()

@@ -312,8 +312,8 @@ def test_a_gradient_that_is_no_number_is_told_before_it_is_saved(place, monkeypa
 def test_an_evaluation_that_is_no_number_saves_nothing(place, monkeypatch):
     encode, loss_of = train_phase1.STAGES["align"]
 
-    def losses_of(model, batch, rng, progress):
-        parts = loss_of(model, batch, rng, progress)
+    def losses_of(model, batch, rng, hardness):
+        parts = loss_of(model, batch, rng, hardness)
         return parts if torch.is_grad_enabled() else {k: x * float("nan") for k, x in parts.items()}
 
     monkeypatch.setitem(train_phase1.STAGES, "align", (encode, losses_of))
@@ -377,8 +377,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, stage: str, name: str, at: set[int])
     encode, loss_of = train_phase1.STAGES[stage]
     seen: list[list[int]] = []
 
-    def losses_of(model, batch, rng, progress):
-        parts = loss_of(model, batch, rng, progress)
+    def losses_of(model, batch, rng, hardness):
+        parts = loss_of(model, batch, rng, hardness)
         if torch.is_grad_enabled():
             if len(seen) in at:
                 parts[name] = parts[name] * float("nan")

@@ -51,8 +51,8 @@ def scripts(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
                     seen[stage]["batch"] = dict(batch)
                 return encode(model, batch)
 
-            def losing(model, batch, rng, progress, **more):
-                parts = loss(model, batch, rng, progress, **more)
+            def losing(model, batch, rng, hardness, **more):
+                parts = loss(model, batch, rng, hardness, **more)
                 if torch.is_grad_enabled():
                     seen[stage] |= {"losses": set(parts), "moved": {k: v.dtype for k, v in batch.items()}}
                     spied["stage"] = stage

@@ -9,8 +9,8 @@ tryon      q2I: a person in a garment                      Eq. 7, Fig. 3
 Each objective is a pair: `encode_...` runs the frozen networks, so its output may be cached (`feed.batches`); the function of
 the objective's name returns {loss name: scalar}. While the Q-Former trains, a batch carries the ViT's "features" before
 ln_vision, which trains too (`seen` is what comes after it); where the Q-Former is frozen, it carries "z" itself. `rng` has the
-batch's random numbers, `progress` in [0,1] is the fraction of the run that is done. Each of several processes has its share of
-the batch: contrastive losses gather over them.
+batch's random numbers; `hardness` in [0,1] scales the similarities that ITM's negatives are drawn by, 0 uniform, 1 as BLIP-2.
+Each of several processes has its share of the batch: contrastive losses gather over them.
 """
 
 import torch
@@ -93,7 +93,7 @@ def z_i(model: UniFashion, batch: Batch) -> Tensor:
     return batch["z"] if "z" in batch else model.qformer(model.qformer.ln_vision(batch["features"]))[0]
 
 
-def cross(model: UniFashion, batch: Batch, rng: BatchRNG, progress: float) -> Batch:
+def cross(model: UniFashion, batch: Batch, rng: BatchRNG, hardness: float) -> Batch:
     """Eq. 5."""
     qformer, features = model.qformer, batch["features"]
     _clamp(qformer.temp)
@@ -105,7 +105,7 @@ def cross(model: UniFashion, batch: Batch, rng: BatchRNG, progress: float) -> Ba
 
     all_ids, all_mask, product = gather(ids), gather(mask), gather(batch["product"])
     same = (product[:, None] == product) | (all_ids[:, None] == all_ids).all(-1)
-    negatives = losses.hard_negatives(sim * _hardness(progress), qformer.temp, same, rng.generator)
+    negatives = losses.hard_negatives(sim * hardness, qformer.temp, same, rng.generator)
     no_text, no_image = map(local_rows, negatives)
     wrong = qformer.ln_vision(gather(features)[no_image])
     z, _ = qformer(  # one pass over (image, text), (image, wrong text), (wrong image, text)
@@ -117,12 +117,12 @@ def cross(model: UniFashion, batch: Batch, rng: BatchRNG, progress: float) -> Ba
     return {"ITC": losses.itc(sim, qformer.temp), "ITM": losses.itm(logits[: len(ids)], logits[len(ids) :])}
 
 
-def caption(model: UniFashion, batch: Batch, rng: BatchRNG, progress: float) -> Batch:
+def caption(model: UniFashion, batch: Batch, rng: BatchRNG, hardness: float) -> Batch:
     """Eq. 6."""
     return {"ITG": _itg(model, z_i(model, batch), batch)}
 
 
-def generate(model: UniFashion, batch: Batch, rng: BatchRNG, progress: float) -> Batch:
+def generate(model: UniFashion, batch: Batch, rng: BatchRNG, hardness: float) -> Batch:
     """Eq. 7. Everything is to be repainted, and nothing is known but Z_I."""
     z = z_i(model, batch)
     context = model.drop_context(model.image_adapter(z), rng.keep(DROP["context"]))
@@ -130,7 +130,7 @@ def generate(model: UniFashion, batch: Batch, rng: BatchRNG, progress: float) ->
 
 
 def composed(
-    model: UniFashion, batch: Batch, rng: BatchRNG, progress: float, without: tuple[str, ...] = ()
+    model: UniFashion, batch: Batch, rng: BatchRNG, hardness: float, without: tuple[str, ...] = ()
 ) -> Batch:
     """
     Eq. 13 less the parts that Table 5 leaves out: `without` some of "itg", "q2i", "caption".
@@ -160,9 +160,9 @@ def composed(
     with torch.no_grad():
         z, _ = qformer(seen)
         sim_reference = losses.similarity(qformer.embed_image(z), local_rows(e_cls)).diagonal()
-    target_id, hardness = gather(batch["target_id"]), _hardness(progress)
+    target_id = gather(batch["target_id"])
     negatives = losses.hard_negatives(
-        sim * _hardness(progress),
+        sim * hardness,
         qformer.temp,
         target_id[:, None] == target_id,
         rng.generator,
@@ -188,7 +188,7 @@ def composed(
     return parts
 
 
-def tryon(model: UniFashion, batch: Batch, rng: BatchRNG, progress: float) -> Batch:
+def tryon(model: UniFashion, batch: Batch, rng: BatchRNG, hardness: float) -> Batch:
     """Eq. 7 with what is known of the person. Each sample is conditioned on one of `samples.CONDITIONS`, at random."""
     row = torch.arange(len(batch["mean"]), device=batch["mean"].device)
     condition = rng.categorical(batch["odds"])  # cloth, cloth+text, sketch+text, sketch
@@ -236,11 +236,6 @@ def _q2i(
 def _dot(captions: Tensor, e_cls: Tensor) -> Tensor:
     """Unit vectors (b1,c), (b2,c) -> (b1,b2), in float32."""
     return losses.similarity(captions[:, None], e_cls)
-
-
-def _hardness(progress: float) -> float:
-    """ITM's curriculum: similarities are scaled 0 to 1 over the first half of the run, so negatives go from uniform to hard."""
-    return min(1.0, 2 * progress)
 
 
 @torch.no_grad()

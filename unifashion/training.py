@@ -31,6 +31,8 @@ ADAMW = {
     "qformer": {"weight_decay": 0.05, "betas": (0.9, 0.98)},
     "diffusion": {"weight_decay": 0.01, "betas": (0.9, 0.999)},
 }
+# Share of the steps over which ITM's negatives go from uniform to hard: what learns from nothing cannot tell hard ones apart.
+CURRICULUM = {"full": 0.0, "tiny": 0.5}
 TEMPERATURE_LR = 2e-5  # at most: a faster temperature sharpens ITC until its gradient drowns ITM's
 
 
@@ -307,6 +309,11 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 def linear_decay(step: int, steps: int, decay: float) -> float:
     """The factor of the learning rate: 1, then linear towards 0 over the last fraction `decay` of the steps; 0: constant."""
     return min(1.0, (steps - step) / max(1, steps * decay))
+
+
+def hardness(step: int, steps: int, share: float) -> float:
+    """Of ITM's negatives: 0 to 1 over the first `share` of the steps; share 0: 1 from the first step on."""
+    return min(1.0, step / (steps * share)) if share else 1.0
 
 
 def clipped_backward(losses: dict[str, Tensor], parameters: list[nn.Parameter], share: float) -> Tensor:

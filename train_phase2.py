@@ -126,10 +126,9 @@ def train(args: argparse.Namespace) -> bool:
     llm_words = llm_tokenizer(args.preset, args.weights) if writes else None
     train_set, val_set, sample_names, steps, val_batch = {}, {}, {}, {}, {}
     for task in tasks:
-        samples, held, sample_names[task] = samples_of(task, data[task], cfg, words, llm_words, args)
+        samples, parts, sample_names[task] = samples_of(task, data[task], cfg, words, llm_words, args)
         train_set[task], val_set[task] = (
-            feed.Readable(samples, out / f"skipped.{task}.txt", args.allow_missing, part)
-            for part in feed.held_out(held)
+            feed.Readable(samples, out / f"skipped.{task}.txt", args.allow_missing, part) for part in parts
         )
         asked = {"steps": n} if (n := before.get("task_steps", {}).get(task)) else {}  # none: refused below
         steps[task] = training.planned_steps(args, hparams[task], len(train_set[task]), asked)
@@ -283,7 +282,8 @@ def train(args: argparse.Namespace) -> bool:
                 batch = next(feeders[task])
                 torch.manual_seed(parallel.rank_seed(args.seed + micro))  # of dropout: by the step alone
                 rng = training.BatchRNG(task, args.seed, micro, b[task], device)
-                parts = losses_of[task](model, batch, rng, step / total)
+                hardness = training.hardness(step, total, training.CURRICULUM[args.preset])
+                parts = losses_of[task](model, batch, rng, hardness)
             norms = training.clipped_backward(parts, learning, 1 / accumulate)
             watch.see(step, task, parts, norms, batch["index"])
         for p in diffusion.values():
@@ -344,14 +344,16 @@ def samples_of(
     words: WordPiece,
     llm_words: SentencePiece | None,
     args: argparse.Namespace,
-) -> tuple[Dataset, list[str], list[str]]:
-    """-> the task's samples, and of each what is held out with it, and a name to tell."""
+) -> tuple[Dataset, tuple[list[int], list[int]], list[str]]:
+    """-> the task's samples, which of them are for training and which are held out, and of each a name to tell a person."""
     if task == "cir":
         triplets = Triplets(data, cfg, words, llm_words, args.without, args.allow_missing)
-        return triplets, triplets.targets(), triplets.targets()
+        targets = triplets.targets()
+        return triplets, feed.held_out(targets, triplets.references()), targets
+    parts = feed.held_out(products(data))
     if task == "caption":
-        return Answers(data, cfg, llm_words), products(data), names(data)
-    return (Scenes if task == "tryon" else Pairs)(data, cfg, words), products(data), names(data)
+        return Answers(data, cfg, llm_words), parts, names(data)
+    return (Scenes if task == "tryon" else Pairs)(data, cfg, words), parts, names(data)
 
 
 @torch.no_grad()

@@ -40,6 +40,14 @@ def test_held_out_products_are_whole():
     assert {names[i] for i in held} == {names[::-1][i] for i in again}
 
 
+def test_a_query_about_a_picture_that_is_held_out_is_not_learned_from():
+    targets, references = [f"p{i // 3}" for i in range(300)], [f"p{(i + 50) % 100}" for i in range(300)]
+    kept, held = feed.held_out(targets, references, every=10)
+    unseen = {targets[i] for i in held}
+    assert held == feed.held_out(targets, every=10)[1]
+    assert kept == [i for i in range(300) if not {targets[i], references[i]} & unseen]
+
+
 def test_of_a_very_small_data_set_two_products_are_held_out():
     names = ["a", "b", "c", "c", "d"]
     assert feed.held_out(names, every=10**9) == ([0, 1], [2, 3, 4])
@@ -208,6 +216,9 @@ def test_a_run_goes_on_without_one_broken_picture_and_names_it(workers, place, m
     assert str(broken[0]) in str(error.value)
     run("1 align", place, "run2", 8, *data, "--workers", workers, "--allow-missing")
     assert_same(learned(place / "run"), learned(place / "run2"))
+    shutil.copy(next(p for p in broken[0].parent.glob("*.jpeg") if p != broken[0]), broken[0])
+    run("1 align", place, "run", 9, *data, "--workers", workers, "--resume", "--steps", "9")
+    assert not (place / "run/skipped.txt").exists()  # it was mended, and counts no more
 
 
 def test_missing_pictures_are_counted_before_anything_is_trained(place, capsys):

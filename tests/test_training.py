@@ -181,6 +181,21 @@ def test_the_rate_of_what_draws_is_the_papers_and_stays_but_for_tinys_end():
     assert [training.linear_decay(step, 8, 0.5) for step in range(8)] == [1.0] * 5 + [0.75, 0.5, 0.25]
 
 
+def test_at_full_size_negatives_are_hard_from_the_first_step_and_in_tiny_from_half_the_run():
+    assert training.CURRICULUM == {"full": 0.0, "tiny": 0.5}
+    assert [training.hardness(step, 8, 0.0) for step in range(8)] == [1.0] * 8
+    assert [training.hardness(step, 8, 0.5) for step in range(8)] == [
+        0.0,
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+    ]
+
+
 def test_accumulated_batches_count_by_their_mean(place, monkeypatch):
     given, apart = [], training.clipped_backward
 
@@ -348,6 +363,7 @@ def test_layers_that_are_computed_again_learn_the_same(phase, place, monkeypatch
     monkeypatch.setitem(PRESETS, "tiny", DROPPING)
     monkeypatch.setitem(PRESETS, "full", DROPPING)
     monkeypatch.setitem(module.DEFAULTS, "full", module.DEFAULTS["tiny"])
+    monkeypatch.setitem(training.CURRICULUM, "full", training.CURRICULUM["tiny"])
     for name in ("load_public", "llm_tokenizer", "tokenizer"):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda _, *a, real=real, **kw: real("tiny", *a, **kw))
@@ -613,9 +629,9 @@ def test_the_best_is_the_one_with_the_lowest_loss_on_what_was_held_out(place, mo
     encode, loss_of = train_phase1.STAGES["align"]
     save = runs.save_checkpoint
 
-    def losses_of(model, batch, rng, progress):
-        if progress < 1.0:
-            return loss_of(model, batch, rng, progress)
+    def losses_of(model, batch, rng, hardness):
+        if model.qformer.training:
+            return loss_of(model, batch, rng, hardness)
         calls.append(1)  # an evaluation: so many batches
         return {"ITC": torch.tensor(values[state_of_run()])}
 
@@ -651,7 +667,9 @@ def test_no_sample_that_is_learned_from_is_among_those_that_choose_the_best(what
 
     def note(model, batch):
         picture = batch["person" if part == "tryon" else "pictures" if part == "cir" else "picture"]
-        picture = picture[:, 1] if part == "cir" else picture  # targets are held out, references may be both
+        # What is held out of cir is targets; a query is learned from only where neither of its pictures is held out.
+        if part == "cir":
+            picture = picture.flatten(0, 1) if learning[0] else picture[:, 1]
         seen[learning[0]] |= {tuple(x.flatten()[::97].tolist()) for x in picture}
         return encode(model, batch)
 

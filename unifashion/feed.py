@@ -21,13 +21,20 @@ GROUP = 16  # samples that are encoded together for the cache
 GRAIN = 8  # texts are cut to a multiple of so many tokens: few shapes, little padding
 
 
-def held_out(names: list[str], every: int = 40) -> tuple[list[int], list[int]]:
-    """Sample indices for training, and those held out to choose `best` by: whole products, one in `every`."""
+def held_out(
+    names: list[str], references: list[str] | None = None, every: int = 40
+) -> tuple[list[int], list[int]]:
+    """
+    Sample indices for training, and those held out to choose `best` by: whole products, one in `every`. Of composed queries,
+    whose targets are `names`, a query about a `references` that is held out is in neither.
+    """
     hold = [zlib.crc32(name.encode()) % every == 0 for name in names]
     if sum(hold) < 2:  # a very small data set
         few = sorted(set(names))[-2:]
         hold = [name in few for name in names]
-    return [i for i, h in enumerate(hold) if not h], [i for i, h in enumerate(hold) if h]
+    held = [i for i, h in enumerate(hold) if h]
+    unseen = {names[i] for i in held}
+    return [i for i, h in enumerate(hold) if not h and (references or names)[i] not in unseen], held
 
 
 def batch_order(n: int, batch: int, seed: int, start: int, stop: int) -> Iterator[list[int]]:
@@ -47,8 +54,9 @@ class Readable(Dataset):
     """
     The samples `indices` of `data`, or all, with their index; in place of one that cannot be read, the next of these that can.
 
-    What was replaced is a line of `log` (RUN/skipped.txt, of phase 2 skipped.TASK.txt), once. More than 1 % of the samples stop
-    the run, unless `allow`: UserError. A process that reads (a DataLoader's worker) knows of the others by the log.
+    What was replaced is a line of `log` (RUN/skipped.txt, of phase 2 skipped.TASK.txt), once; a run that goes on begins it anew,
+    since pictures may have been mended. More than 1 % of the samples stop the run, unless `allow`: UserError. A process that
+    reads (a DataLoader's worker) knows of the others by the log.
     """
 
     def __init__(self, data: Dataset, log: Path, allow: bool, indices: list[int] | None = None) -> None:

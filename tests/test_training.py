@@ -585,7 +585,7 @@ def test_an_adapter_that_nothing_has_trained_starts_from_its_data_and_a_trained_
 
 
 def test_only_a_run_with_the_shipped_frozen_files_is_shipped_with_the_curves_of_its_own_past(
-    place, monkeypatch
+    place, monkeypatch, capsys
 ):
     monkeypatch.setattr(pretrain, "HERE", place / "weights")
     drawn = []
@@ -598,6 +598,7 @@ def test_only_a_run_with_the_shipped_frozen_files_is_shipped_with_the_curves_of_
     drawn.clear()
     pretrain.main(["ship", "--init", str(place / "b")])
     assert drawn == [["a", "b"]]
+    assert f"losses.png is without the curves of {place}/phase1.safetensors" in capsys.readouterr().err
     whole = load_file(weights / "model.safetensors")
     assert {"qformer", "garment", *WRITES, *DRAWS} == {runs.part_of(name) for name in whole}
     assert_same(whole, {name: x.half() for name, x in learned(place / "b", "best").items()})

@@ -338,6 +338,9 @@ def main(argv: list[str] | None = None) -> None:
         while before := _read_config(stages[0])["init"]:
             before = Path(before).parent if Path(before).name in ("best", "last") else Path(before)
             if not (before / "config.json").is_file():
+                print(
+                    f"losses.png is without the curves of {before}, which is no run folder", file=sys.stderr
+                )
                 break
             stages.insert(0, before)
         frozen = [run for run in map(args.init.with_name, ("vae", "vit", "llama")) if run.is_dir()]

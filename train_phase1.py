@@ -73,7 +73,7 @@ def train(
     if args.compile:
         training.check_compile(device)
     runs.check_out(out, resume)
-    before = runs.asked_before(out, resume)
+    before = runs.previous_config(out, resume)
     init = init or before.get("init")
     if not runs.has_checkpoint(out) and init:
         runs.model_file(Path(init))  # complains before gigabytes are read

@@ -102,7 +102,7 @@ def train(args: argparse.Namespace) -> bool:
     if args.compile:
         training.check_compile(device)
     runs.check_out(out, args.resume)
-    before = runs.asked_before(out, args.resume)
+    before = runs.previous_config(out, args.resume)
     init = args.init or before.get("init")
     if not runs.has_checkpoint(out) and init:
         runs.model_file(Path(init))  # complains before gigabytes are read

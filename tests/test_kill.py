@@ -98,7 +98,7 @@ def assert_sound(out: Path, every: int) -> int:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     vals = {row["step"] + 1: row["val"] for row in rows if "val" in row}
     for name in ("last", "best"):
-        folder = runs._whole_one(out / name)
+        folder = runs._intact(out / name)
         if not folder.exists():
             # before its first save is done: one evaluation, logged again by every run that was killed in it
             assert name == "last" or not (out / "last").exists()
@@ -114,7 +114,7 @@ def assert_sound(out: Path, every: int) -> int:
             )
             # a better one may have been measured, and its save cut short: then it is measured again
             assert all(v >= state["best"] for s, v in vals.items() if s < max(vals))
-    last = runs._whole_one(out / "last")
+    last = runs._intact(out / "last")
     step = json.loads((last / "state.json").read_text())["step"] if last.exists() else 0
     assert step >= max(vals, default=0) - every, "more is lost than the steps since the last save"
     return step

@@ -95,7 +95,7 @@ def lock(out: Path) -> None:
     parallel.barrier(error)
 
 
-def asked_before(out: Path, resume: bool) -> dict:
+def previous_config(out: Path, resume: bool) -> dict:
     """config.json of the run that goes on, which says what need not be said again: --init and --steps."""
     return read_json(out / "config.json") if resume else {}
 
@@ -104,7 +104,7 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
     """Write config.json. Raises UserError, before writing, where a run that goes on is asked for other than it began with."""
     check_out(out, resume)
     config = json.loads(json.dumps(config, default=str))
-    if before := asked_before(out, resume):
+    if before := previous_config(out, resume):
         asked = before.keys() & config.keys() - set(MAY_CHANGE)
         if has_checkpoint(out):  # what it began from is in it
             asked |= {"init"} & before.keys() & config.keys()
@@ -125,13 +125,13 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
             raise UserError(
                 f"{out} was started with {before['samples']} samples, now there are {config['samples']}"
             )
-    if has_checkpoint(out) and (done := _state_of(_whole_one(out / "last"))["step"]) > config["steps"]:
+    if has_checkpoint(out) and (done := _state_of(_intact(out / "last"))["step"]) > config["steps"]:
         raise UserError(f"{out} has done {done} steps already, more than the {config['steps']} of --steps")
     parallel.barrier()  # all have looked before the first of them writes
     lock(out)
     if parallel.rank() == 0:
         for folder in (out / "last", out / "best"):
-            if (found := _whole_one(folder)) != folder:
+            if (found := _intact(folder)) != folder:
                 os.replace(found, folder)
             for rest in (".new", ".old"):  # of what was killed
                 shutil.rmtree(folder.with_name(folder.name + rest), ignore_errors=True)
@@ -146,7 +146,7 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
 
 def model_file(path: Path) -> Path:
     """--init: a run folder stands for its last checkpoint."""
-    for candidate in (path, _whole_one(path / "last") / "model.safetensors", path / "model.safetensors"):
+    for candidate in (path, _intact(path / "last") / "model.safetensors", path / "model.safetensors"):
         if candidate.is_file():
             return candidate
     raise UserError(f"{path} is neither a run folder nor a model.safetensors")
@@ -193,7 +193,7 @@ def save_checkpoint(
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], moments: dict[str, Tensor], state: dict) -> None:
-    """Beside it first, then two renames: `_whole_one` knows what to do about a kill between them."""
+    """Beside it first, then two renames: `_intact` knows what to do about a kill between them."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -297,10 +297,10 @@ def diverged(out: Path, name: str, value: float, step: int) -> str:
 
 
 def has_checkpoint(out: Path) -> bool:
-    return _whole_one(out / "last").exists()
+    return _intact(out / "last").exists()
 
 
-def _whole_one(folder: Path) -> Path:
+def _intact(folder: Path) -> Path:
     """A checkpoint, or the one before it where a run was killed between the two renames that replace it."""
     old = folder.with_name(folder.name + ".old")
     return old if old.exists() and not folder.exists() else folder

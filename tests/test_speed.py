@@ -14,6 +14,7 @@ from unifashion.unet import UNet
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_it_prints_the_machine_and_each_network_with_its_ratio(capsys):
     speed.main(["--tiny", "--repeats", "2", "--device", "cpu"])
     out = capsys.readouterr().out

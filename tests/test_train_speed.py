@@ -151,6 +151,7 @@ def test_under_autocast_only_the_frozen_llm_is_in_bfloat16():
 # The sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["caption", "cir", "tryon"])
 def test_without_contents_the_sums_are_those_of_real_tensors(stage):
     rows = [train_speed.Row(stage, 4, measured=True) for _ in range(2)]
@@ -259,6 +260,7 @@ def test_attention_norms_and_dropout_keep_what_they_keep_on_cuda():
     assert kept_by(lambda x: F.dropout(x, 0.5, False), (10, 64))[1:] == []
 
 
+@pytest.mark.slow
 def test_a_step_is_computed_with_dropout_and_recomputation():
     row = train_speed.compute("cir", DROPPING, 4)
     assert (
@@ -267,6 +269,7 @@ def test_a_step_is_computed_with_dropout_and_recomputation():
     assert row.rest < row.peaks["update"] < row.peaks["losses"]  # each of its own moment
 
 
+@pytest.mark.slow
 def test_recomputation_saves_memory_and_costs_work():
     cfg = replace(MINI, qformer=replace(MINI.qformer, depth=6))
     plain, less = (train_speed.compute("align", cfg, 16, checkpointing=how) for how in (False, True))

@@ -24,6 +24,7 @@ from eval.generation import read_rows
 from tests.goldens import GOLDEN
 from tests.parity import randomise
 from tests.rooms import ROOT, SMALL
+from tests.worlds import world_of
 from unifashion import UserError, lora, runs
 from unifashion.caption import Caption, write_captions
 from unifashion.config import PRESETS
@@ -400,7 +401,7 @@ def test_parts_of_different_garments_are_refused(command, world, tmp_path):
     mixed = copy_of(world, tmp_path / "mixed")
     shutil.rmtree(mixed / "fashioniq")
     (mixed / "fashioniq").symlink_to(
-        toy.ensure(tmp_path / "other", 1, train=2, val=2, test=12, quiet=True) / "fashioniq"
+        world_of(tmp_path / "other", "fashioniq", seed=1, train=2, val=2, test=12) / "fashioniq"
     )
     with pytest.raises(UserError, match="^fashioniq-cap has other garments"):
         command("--data", f"toy={mixed}", "--samples", "500")
@@ -467,7 +468,7 @@ def copy_of(world: Path, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("captioning") / "toy"
-    return toy.ensure(folder, train=24, val=4, test=12, workers=1, quiet=True)
+    return world_of(folder, "fashiongen", "fashioniq", train=24, val=4, test=12, workers=1)
 
 
 @pytest.fixture(scope="module")

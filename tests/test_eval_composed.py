@@ -29,6 +29,7 @@ from eval.composed import (
 from eval.generation import qformer_hash, read_rows
 from eval.retrieval import look
 from tests.rooms import SMALL, write_weights
+from tests.worlds import world_of
 from unifashion import UserError
 from unifashion.config import PRESETS
 from unifashion.data import toy
@@ -360,7 +361,7 @@ def figures_of(printed: str) -> str:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("composed") / "toy"
-    return toy.ensure(folder, train=3, val=30, test=30, workers=2, quiet=True)
+    return world_of(folder, "fashioniq", "fashioniq/captions", train=3, val=30, test=30, workers=2)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from eval import generation, judge
 from eval.generation import CONDITIONS, Cases, Row, Setting, compare, interval, measure, resampled, try_on
 from eval.judge import ATTRIBUTES, COLUMNS, score, told
 from tests.parity import randomise
+from tests.worlds import world_of
 from unifashion import UserError, feed, objectives, runs
 from unifashion.config import PRESETS, TINY
 from unifashion.data import toy
@@ -440,7 +441,7 @@ def test_the_q_formers_hash_ignores_dtype_and_all_other_weights(weights, model):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("eval") / "toy"
-    return toy.ensure(folder, train=10, val=3, test=SAMPLES, workers=1, quiet=True)
+    return world_of(folder, train=10, val=3, test=SAMPLES, workers=1)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from eval.captioning import draw, garments_of, truth
 from eval.generation import qformer_hash, read_rows
 from eval.retrieval import COLUMNS, chance, distinct, embed_pictures, embed_texts, judge, look, true_pairs
 from tests.rooms import ROOT, SMALL, write_weights
+from tests.worlds import world_of
 from unifashion import UserError
 from unifashion.config import PRESETS
 from unifashion.data import toy
@@ -263,7 +264,7 @@ def figures_of(printed: str) -> str:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("retrieval") / "toy"
-    return toy.ensure(folder, train=3, val=4, test=12, workers=1, quiet=True)
+    return world_of(folder, "fashiongen", "fashioniq", train=3, val=4, test=12, workers=1)
 
 
 @pytest.fixture(scope="module")

@@ -325,12 +325,18 @@ def compute(stage: str, cfg: UniFashionConfig, b: int, checkpointing: bool = Tru
 
 
 def measure(
-    stage: str, cfg: UniFashionConfig, b: int, device: torch.device, checkpointing: bool, steps: int
+    stage: str,
+    cfg: UniFashionConfig,
+    b: int,
+    device: torch.device,
+    checkpointing: bool,
+    steps: int,
+    dtype: str = "auto",
 ) -> Row:
     """The step itself, `steps` times after two that are not timed."""
     row, cuda = Row(stage, b, measured=True), device.type == "cuda"
     try:
-        s = prepare(stage, cfg, b, device, checkpointing=checkpointing)
+        s = prepare(stage, cfg, b, device, dtype, checkpointing)
         row.about(s)
         tracked(s, row)
         if cuda:
@@ -388,6 +394,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--device", default="auto", help="auto | cpu | cuda; the full size on cpu is computed"
     )
+    parser.add_argument(
+        "--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="as the scripts'; computed is bf16"
+    )
     parser.add_argument("--steps", type=int, default=3, help="timed steps; the median is reported")
     parser.add_argument(
         "--json", action="store_true", help="a line of JSON for each stage, in bytes, not a table"
@@ -404,13 +413,20 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     full, cfg = args.preset == "full", PRESETS[args.preset]
     computes = full and device.type == "cpu"
-    told = "no GPU: computed" if computes else machine(device, training.compute_dtype(device, "auto"))
+    if computes and args.dtype == "fp32":
+        raise UserError("--dtype is fp32: what is computed, without a GPU, is bf16")
+    if not computes:
+        training.float32_attention(device, args.dtype)
+    told = "no GPU: computed" if computes else machine(device, training.compute_dtype(device, args.dtype))
     print(told, file=sys.stderr if args.json else sys.stdout, flush=True)
     rows = []
     for stage in args.stage:
         b = args.batch_size or default_batch(stage, args.preset)
         print(f"{stage} ...", file=sys.stderr, flush=True)
-        rows.append(compute(stage, cfg, b) if computes else measure(stage, cfg, b, device, full, args.steps))
+        if computes:
+            rows.append(compute(stage, cfg, b))
+        else:
+            rows.append(measure(stage, cfg, b, device, full, args.steps, args.dtype))
         if args.json:
             print(json.dumps(asdict(rows[-1]) | {"peak": rows[-1].peak}), flush=True)
         gc.collect()  # what an exception's traceback held, too

@@ -301,6 +301,15 @@ def test_the_table_has_a_line_for_each_stage(capsys, monkeypatch):
     assert fits == "A card of 80 GB has 74.5 GiB: enough for every line."
 
 
+def test_a_dtype_is_that_of_the_scripts(capsys, monkeypatch):
+    shrink(monkeypatch)
+    seen, autocast = [], training.autocast
+    monkeypatch.setattr(training, "autocast", lambda *a: (seen.append(a[1]), autocast(*a))[1])
+    flags = ["--preset", "tiny", "--device", "cpu", "--steps", "1", "--stage", "tryon", "--dtype", "bf16"]
+    train_speed.main(flags)
+    assert set(seen) == {"bf16"} and "bfloat16" in capsys.readouterr().out.splitlines()[0]
+
+
 def test_json_has_bytes(capsys, monkeypatch):
     shrink(monkeypatch)
     train_speed.main(
@@ -366,6 +375,7 @@ def test_a_device_that_is_too_small_is_a_line_of_the_table(monkeypatch):
         (["--stage", "walk"], "walk"),
         (["--preset", "huge"], "huge"),
         (["--device", "abacus"], "unknown device"),
+        (["--device", "cpu", "--dtype", "fp32"], "--dtype is fp32: what is computed"),
     ],
 )
 def test_bad_arguments_are_one_line(flags, told):

@@ -43,11 +43,8 @@ ADAMW = {
     "caption": {"weight_decay": 0.0, "betas": (0.9, 0.99)},
     "generate": training.ADAMW["diffusion"],
 }
-WARMUP = {
-    "align": 0.05,
-    "caption": 0.03,
-    "generate": None,
-}  # share of the steps, then a cosine; None: a constant rate
+# Share of the steps, then a cosine; None: a constant rate.
+WARMUP = {"align": 0.05, "caption": 0.03, "generate": None}
 DEFAULTS = {
     "full": {  # align: the official code's; caption, generate: the paper's appendix B, caption's epochs the code's
         "align": {"batch_size": 128, "lr": 2e-5, "epochs": 10, "steps": None},
@@ -111,7 +108,12 @@ def train(
         )
     files = frozen_hashes(args.preset, args.weights)
     config = {**vars(args), **hparams, "stage": stage, "steps": steps, "init": init, "company": files}
-    config |= {**ADAMW[stage], "warmup": WARMUP[stage], "samples": len(train_set)}
+    config |= {
+        **ADAMW[stage],
+        "warmup": WARMUP[stage],
+        "curriculum": training.CURRICULUM[args.preset],
+        "samples": len(train_set),
+    }
     # Under --stage all, init is the previous stage's folder. It may have moved, so it is not compared.
     if args.stage == "all" and not fresh:
         config["init"] = before.get("init")

@@ -166,6 +166,7 @@ def train(args: argparse.Namespace) -> bool:
         "task": tasks,
         "steps": total,
         "task_steps": steps,
+        "curriculum": training.CURRICULUM[args.preset],
         "samples": {t: len(train_set[t]) for t in tasks},
         "init": init,
         "company": frozen_hashes(args.preset, args.weights),

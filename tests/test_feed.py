@@ -1,8 +1,9 @@
-"""From a data set to batches: order, what is held out, the cache, samples that cannot be read, and what is drawn by lot."""
+"""From a data set to batches: order, what is held out, the cache, samples that cannot be read, random numbers."""
 
 import shutil
 from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -36,7 +37,9 @@ def test_held_out_products_are_whole():
     kept, held = feed.held_out(names, every=10)
     assert held and not {names[i] for i in kept} & {names[i] for i in held}
     assert sorted(kept + held) == list(range(300))
-    again = feed.held_out(names[::-1], every=10)[1]  # a product's lot does not depend on the others
+    again = feed.held_out(names[::-1], every=10)[
+        1
+    ]  # whether a product is held out does not depend on the others
     assert {names[i] for i in held} == {names[::-1][i] for i in again}
 
 
@@ -46,6 +49,9 @@ def test_a_query_about_a_picture_that_is_held_out_is_not_learned_from():
     unseen = {targets[i] for i in held}
     assert held == feed.held_out(targets, every=10)[1]
     assert kept == [i for i in range(300) if not {targets[i], references[i]} & unseen]
+    # A picture that would be held out, but is no target here.
+    references[kept[0]] = next(f"q{i}" for i in range(100) if crc32(f"q{i}".encode()) % 10 == 0)
+    assert feed.held_out(targets, references, every=10)[0] == kept[1:]
 
 
 def test_of_a_very_small_data_set_two_products_are_held_out():

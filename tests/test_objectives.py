@@ -138,14 +138,14 @@ def test_where_a_run_has_diverged_negatives_are_drawn_all_the_same():
 
 def test_the_reference_itself_is_a_candidate_beside_the_targets_for_its_own_query_alone():
     sim, same = torch.zeros(4, 4), torch.eye(4, dtype=torch.bool)
-    to_own = torch.tensor([1.0, -1.0, 0.0, 1.0])  # much more alike, much less, as the others
-    drawn = [losses.hard_negatives(sim, torch.tensor(0.05), same, seeded(i), to_own) for i in range(300)]
+    sim_extra = torch.tensor([1.0, -1.0, 0.0, 1.0])  # much more alike, much less, as the others
+    drawn = [losses.hard_negatives(sim, torch.tensor(0.05), same, seeded(i), sim_extra) for i in range(300)]
     texts, images = (torch.stack(x) for x in zip(*drawn, strict=True))
     assert (images[:, [0, 3]] == 4).all() and (images[:, 1] < 4).all()
     share = (images[:, 2] == 4).float().mean().item()
     assert share == pytest.approx(1 / 4, abs=0.08)  # of three targets and itself
     assert texts.max() < 4  # of wrong texts for an image there are no more than before
-    alone = losses.hard_negatives(sim, torch.tensor(0.05), torch.ones_like(same), seeded(0), to_own)[1]
+    alone = losses.hard_negatives(sim, torch.tensor(0.05), torch.ones_like(same), seeded(0), sim_extra)[1]
     assert (alone == 4).all()  # all targets are the same: the reference is what is left
 
 

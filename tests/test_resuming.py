@@ -91,7 +91,7 @@ def test_a_run_with_dropout_resumes_bit_for_bit(what, more, place, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["1 align", "2 mixed"])
-def test_every_batch_has_lots_of_its_own(what, place, monkeypatch):
+def test_every_batch_has_random_numbers_of_its_own(what, place, monkeypatch):
     """And dropout of its own: both are keyed by how many batches came before, of all tasks."""
     drawn, seeds, born, seeding = [], [], training.BatchRNG.__init__, torch.manual_seed
     monkeypatch.setattr(training.BatchRNG, "__init__", lambda *key: (drawn.append(key[1:4]), born(*key))[1])

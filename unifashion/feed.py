@@ -26,14 +26,18 @@ def held_out(
 ) -> tuple[list[int], list[int]]:
     """
     Sample indices for training, and those held out to choose `best` by: whole products, one in `every`. Of composed queries,
-    whose targets are `names`, a query about a `references` that is held out is in neither.
+    whose targets are `names`, those about one of the `references` that would be held out are in neither.
     """
-    hold = [zlib.crc32(name.encode()) % every == 0 for name in names]
+
+    def chosen(name: str) -> bool:
+        return zlib.crc32(name.encode()) % every == 0
+
+    hold = list(map(chosen, names))
     if sum(hold) < 2:  # a very small data set
         few = sorted(set(names))[-2:]
         hold = [name in few for name in names]
     held = [i for i, h in enumerate(hold) if h]
-    unseen = {names[i] for i in held}
+    unseen = {names[i] for i in held} | set(filter(chosen, references or []))
     return [i for i, h in enumerate(hold) if not h and (references or names)[i] not in unseen], held
 
 

@@ -26,32 +26,25 @@ from unifashion.training import BatchRNG
 DROP = {"context": 0.2, "pose": 0.1, "hint": 0.1}
 
 Batch = dict[str, Tensor]
-PIXELS = {
-    "picture",
-    "pictures",
-    "x0",
-    "person",
-    "agnostic",
-    "pose",
-    "hints",
-}  # what the frozen networks encode
+# What the frozen networks encode.
+PIXELS = {"picture", "pictures", "x0", "person", "agnostic", "pose", "hints"}
 
 
-def _texts(batch: Batch) -> Batch:
-    """All but pixels: token ids, masks, ids of products, odds, the mask at latent resolution."""
+def _not_pixels(batch: Batch) -> Batch:
+    """What goes on as it is: token ids, masks, ids of products, odds, the mask at latent resolution."""
     return {k: v for k, v in batch.items() if k not in PIXELS}
 
 
 @torch.no_grad()
 def encode_picture(model: UniFashion, batch: Batch) -> Batch:
     """For a Q-Former that learns: features (b,257,1408)."""
-    return {"features": model.vit(batch["picture"]), **_texts(batch)}
+    return {"features": model.vit(batch["picture"]), **_not_pixels(batch)}
 
 
 @torch.no_grad()
 def encode_z(model: UniFashion, batch: Batch) -> Batch:
     """For training on a frozen Q-Former: Z_I (b,32,768)."""
-    return {"z": model.qformer(model.see(batch["picture"]))[0], **_texts(batch)}
+    return {"z": model.qformer(model.see(batch["picture"]))[0], **_not_pixels(batch)}
 
 
 @torch.no_grad()
@@ -64,7 +57,7 @@ def encode_generate(model: UniFashion, batch: Batch) -> Batch:
 @torch.no_grad()
 def encode_composed(model: UniFashion, batch: Batch) -> Batch:
     """features of reference and target (b,2,257,1408), texts; mean and logvar of the target, where it is to be drawn."""
-    encoded = _texts(batch)
+    encoded = _not_pixels(batch)
     encoded["features"] = torch.stack([model.vit(p) for p in batch["pictures"].unbind(1)], dim=1)
     if "x0" in batch:
         # In pieces: at full size the VAE's activations of 128 pictures would be the largest thing in memory.
@@ -78,7 +71,7 @@ def encode_tryon(model: UniFashion, batch: Batch) -> Batch:
     """features (b,2,257,1408) and hints (b,2,4,64,48) of cloth and sketch, and the scene."""
     mean, logvar = model.vae.moments(batch["person"])
     return {
-        **_texts(batch),
+        **_not_pixels(batch),
         "features": torch.stack([model.vit(p) for p in batch["pictures"].unbind(1)], dim=1),
         "hints": torch.stack([model.vae.encode(h) for h in batch["hints"].unbind(1)], dim=1),
         "mean": mean,

@@ -101,7 +101,7 @@ def previous_config(out: Path, resume: bool) -> dict:
 
 
 def start_run(out: Path, config: dict, resume: bool) -> None:
-    """Write config.json. Raises UserError, before writing, where a run that goes on is asked for other than it began with."""
+    """Write config.json, begin skipped*.txt anew. Raises UserError, before writing, where a run that goes on is asked for other than it began with."""
     check_out(out, resume)
     config = json.loads(json.dumps(config, default=str))
     if before := previous_config(out, resume):

@@ -209,10 +209,8 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of what follows
-        for (
-            worker
-        ) in multiprocessing.active_children():  # they ignore the first SIGTERM (`feed._ignore_signals`)
-            worker.kill()
+        for worker in multiprocessing.active_children():
+            worker.kill()  # they ignore the first SIGTERM (`feed._ignore_signals`)
         parallel.leave()
 
 

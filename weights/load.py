@@ -178,7 +178,7 @@ def load_unifashion(
     `load_public`, and for a model whose training is not finished.
     """
     path, folder = learned_file(preset, folder), folder_of(preset, folder)
-    _check_company(path, folder)
+    _check_frozen_hashes(path, folder)
     model = _blank(preset, draws, writes)
     found = check_finished(path, learned := read_checkpoint(path), preset, draws, writes)
     parts = nn.ModuleDict(model.named_children())
@@ -238,7 +238,7 @@ def frozen_hashes(preset: str, folder: Path | None = None) -> dict[str, str]:
     return {path.name: sha256(path) for path in paths if path.is_file()}
 
 
-def _check_company(path: Path, folder: Path) -> None:
+def _check_frozen_hashes(path: Path, folder: Path) -> None:
     """Raise UserError if the model was trained with other files than those beside it, where it says with which."""
     try:
         with safe_open(path, "pt") as file:

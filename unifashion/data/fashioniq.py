@@ -241,8 +241,8 @@ def read_captions(file: Path) -> list[dict]:
 
 def own_rows(root: Path) -> list[tuple[str, dict]]:
     """
-    captions.jsonl as (category, row of Fashion-IQ-Cap): of pictures of the split train alone, each once. 811 of these are in val's
-    or test's pool of another category, too, and left out: what is evaluated on is not learned from.
+    captions.jsonl as (category, row of Fashion-IQ-Cap): of pictures of the split train alone, each once. 811 of
+    Fashion-IQ's are in val's or test's pool of another category, too, and left out: what is evaluated on is not learned from.
     """
     captions, rows = read_jsonl_captions(root / "captions.jsonl"), {}
     splits = root / "image_splits"

@@ -350,7 +350,7 @@ def samples_of(
     if task == "cir":
         triplets = Triplets(data, cfg, words, llm_words, args.without, args.allow_missing)
         targets = triplets.targets()
-        return triplets, feed.held_out(targets, triplets.references()), targets
+        return triplets, feed.held_out(targets), targets
     parts = feed.held_out(products(data))
     if task == "caption":
         return Answers(data, cfg, llm_words), parts, names(data)

@@ -91,8 +91,7 @@ def test_two_processes_follow_one_in_every_loss_and_every_gradients_norm(prefix,
     one, two = seen(ran, f"one {name}"), seen(ran, f"{prefix} {name}")
     steps = MIXED if JOBS[name][0] == "2 mixed" else STEPS
     assert len(one["losses"]) == len(two["losses"]) == steps
-    # Norms by a larger share: AdamW makes steps of rounding where a gradient is zero, and these add up.
-    tolerance, of_norms = {"bfloat16": (2e-2, 1e-1), "float32": (1e-5, 1e-2)}.get(name, (1e-5, 1e-5))
+    tolerance, of_norms = {"bfloat16": (2e-2, 1e-1), "float32": (1e-5, 1e-3)}.get(name, (1e-5, 1e-6))
     for a, b, norms_a, norms_b in zip(one["losses"], two["losses"], one["norms"], two["norms"], strict=True):
         assert b == pytest.approx(a, abs=tolerance)  # the same names, too
         assert norms_b == pytest.approx(norms_a, rel=of_norms)
@@ -113,7 +112,7 @@ def test_in_float64_two_processes_learn_what_one_does(prefix, name, ran):
 
 
 def assert_close(ran: Path, one: str, two: str) -> None:
-    for read, tolerance in ((learned, 1e-8), (moments, 1e-7)):
+    for read, tolerance in ((learned, 1e-8), (moments, 1e-8)):
         a, b = read(ran / one), read(ran / two)
         assert a.keys() == b.keys() and a
         off = {k: float((a[k] - b[k]).abs().max()) for k in a}

@@ -21,24 +21,13 @@ GROUP = 16  # samples that are encoded together for the cache
 GRAIN = 8  # texts are cut to a multiple of so many tokens: few shapes, little padding
 
 
-def held_out(
-    names: list[str], references: list[str] | None = None, every: int = 40
-) -> tuple[list[int], list[int]]:
-    """
-    Sample indices for training, and those held out to choose `best` by: whole products, one in `every`. Of composed queries,
-    whose targets are `names`, those about one of the `references` that would be held out are in neither.
-    """
-
-    def chosen(name: str) -> bool:
-        return zlib.crc32(name.encode()) % every == 0
-
-    hold = list(map(chosen, names))
+def held_out(names: list[str], every: int = 40) -> tuple[list[int], list[int]]:
+    """Sample indices for training, and those held out to choose `best` by: whole products, one in `every`."""
+    hold = [zlib.crc32(name.encode()) % every == 0 for name in names]
     if sum(hold) < 2:  # a very small data set
         few = sorted(set(names))[-2:]
         hold = [name in few for name in names]
-    held = [i for i, h in enumerate(hold) if h]
-    unseen = {names[i] for i in held} | set(filter(chosen, references or []))
-    return [i for i, h in enumerate(hold) if not h and (references or names)[i] not in unseen], held
+    return [i for i, h in enumerate(hold) if not h], [i for i, h in enumerate(hold) if h]
 
 
 def batch_order(n: int, batch: int, seed: int, start: int, stop: int) -> Iterator[list[int]]:

@@ -182,9 +182,6 @@ class Triplets(Dataset):
     def targets(self) -> list[str]:
         return [part.products[i] for part, i in self.rows]
 
-    def references(self) -> list[str]:
-        return [part.references[i] for part, i in self.rows]
-
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         part, row = self.rows[i]
         item, most = part[row], self.cfg.qformer.max_text

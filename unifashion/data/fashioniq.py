@@ -72,7 +72,6 @@ class FashionIQ:
                 if row.category == name and strange:
                     raise UserError(f"{files[name]}: {min(strange)} is not in {splits[name].name}")
         self.products = [row.target or "" for row in self.rows]
-        self.references = [row.reference for row in self.rows]
         self.captions = self.read_own_captions(split)
         self.captioned = [i for i, row in enumerate(self.rows) if row.target in self.captions]
 

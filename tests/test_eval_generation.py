@@ -356,6 +356,7 @@ def test_a_trained_judge_is_kept_until_what_made_it_changes(world, tmp_path, mon
 # The command
 
 
+@pytest.mark.slow
 def test_the_report_holds_what_a_reader_needs_and_repeats(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runs, "git_commit", lambda: "a commit")  # others may commit meanwhile
     first = command("--seed", "3", "--sheet", str(tmp_path / "sheet.png"))

@@ -110,7 +110,7 @@ def test_what_float16_cannot_hold_is_told(place):
         next(feed.batches(part, iter([[0, 1]]), large, {}))
 
 
-@pytest.mark.parametrize(("steps", "cached"), [(2, False), (60, True)])
+@pytest.mark.parametrize(("steps", "cached"), [(2, False), pytest.param(60, True, marks=pytest.mark.slow)])
 def test_samples_are_kept_where_they_come_again(steps, cached, place, monkeypatch):
     keeps = []
     batches = feed.batches

@@ -239,6 +239,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.slow
 def test_every_flag_reaches_the_network(room: Path):
     photo(room / "cloth2.png", (60, 80), 9)
     photo(room / "pose.png", (90, 120), 9)

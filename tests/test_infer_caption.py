@@ -508,6 +508,7 @@ def test_a_picture_that_vanishes_meanwhile_leaves_what_is_done(
 # The command itself
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_where_it_was(tiny: Path, tmp_path: Path):
     for i in range(48):
         photo(tmp_path / f"{i:02}.png", (30, 40), i)
@@ -530,6 +531,7 @@ def test_a_killed_command_goes_on_where_it_was(tiny: Path, tmp_path: Path):
     assert out.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_not_utf8_is_no_reason_to_fail(tiny: Path, tmp_path: Path):
     names = [tmp_path / os.fsdecode(name) for name in ("robe d’été.png".encode(), b"\xff.png")]
     for i, name in enumerate(names):

@@ -77,7 +77,11 @@ def test_without_captions_composed_queries_show_what_they_find(place):
         ("1 align", ["--cache", "--accumulate", "2"]),
         ("2 retrieval", ["--accumulate", "2"]),
         ("1 caption", ["--cache", "--dtype", "bf16", "--accumulate", "2"]),
-        ("2 mixed", ["--cache", "--dtype", "bf16", "--accumulate", "2", "--freeze-diffusion"]),
+        pytest.param(
+            "2 mixed",
+            ["--cache", "--dtype", "bf16", "--accumulate", "2", "--freeze-diffusion"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_with_dropout_resumes_bit_for_bit(what, more, place, monkeypatch):
@@ -266,6 +270,7 @@ def test_stopped_at_the_end_of_a_stage_the_next_does_not_begin(moment, place, mo
     train_phase1.main([*moved, "--resume"])  # done, wherever it lies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_is_for_the_process_that_trains(sign, place):
     """As a terminal sends Ctrl-C, `timeout` and schedulers SIGTERM: the processes that read must not die of it before their data are used."""
@@ -292,6 +297,7 @@ def test_a_signal_to_the_whole_group_is_for_the_process_that_trains(sign, place)
     assert "stopped, run is saved" in (place / "told").read_text() and state(place / "run")["step"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ["UserError", "AssertionError"])
 def test_an_error_in_a_process_that_reads_ends_the_run(error, place):
     """Where these processes heed no first SIGTERM, Python would wait for them for ever."""

@@ -77,6 +77,7 @@ def test_the_mask_spares_hair_face_hands_shoes_and_shows_the_trousers():
         assert 0.2 < mask.mean() < 0.45
 
 
+@pytest.mark.slow
 def test_no_prop_reaches_under_the_mask():
     for prop in ("plant", "lamp", "frame", "stool"):
         shown = 0
@@ -220,6 +221,7 @@ def test_the_true_answer_is_the_same_person_in_the_paired_cloth(world):
         assert np.array_equal(array(garment), array(drawn["garment"]))
 
 
+@pytest.mark.slow
 def test_the_same_settings_give_the_same_bytes_whatever_the_processes(tmp_path):
     one, two, other = (
         contents(toy.ensure(tmp_path / name, **FEW, workers=workers, seed=seed))
@@ -249,6 +251,7 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.txt"]
 
 
+@pytest.mark.slow
 def test_of_two_that_draw_the_same_world_the_faster_one_is_taken(tmp_path, monkeypatch):
     """As the processes of torchrun do at first use."""
     writes, settings = toy.write_tables, FEW
@@ -416,6 +419,7 @@ def test_a_world_with_fashioniq_but_without_triplets_gets_them_and_nothing_else(
     assert contents(old / "fashioniq") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("add", [lambda root: toy.ensure(root, **SMALL), add_all], ids=["ensure", "part"])
 def test_a_world_from_before_gets_the_new_folders_and_keeps_its_bytes(world, tmp_path, add):
     pytest.importorskip("h5py")
@@ -426,6 +430,7 @@ def test_a_world_from_before_gets_the_new_folders_and_keeps_its_bytes(world, tmp
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
+@pytest.mark.slow
 def test_without_h5py_only_fashiongen_is_left_out_and_a_note_says_how_to_get_it(
     world, tmp_path, monkeypatch, capsys
 ):

@@ -100,6 +100,7 @@ def scripts(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
     yield seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_random_batch_is_of_the_kind_that_the_data_sets_give(stage, scripts):
     theirs, ours = scripts[stage]["batch"], train_speed.random_batch(stage, MINI, 4)
@@ -117,6 +118,7 @@ def test_a_random_batch_is_of_the_kind_that_the_data_sets_give(stage, scripts):
             assert x.shape == theirs[name].shape, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_same_learns_the_same_has_moments_and_an_average_as_in_the_scripts(stage, scripts):
     theirs, s = scripts[stage], real(stage)

@@ -57,14 +57,31 @@ def test_captions_with_letters_beyond_ascii_are_read(copy):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("women/a/1/1_0.jpeg\t0.9\t ", "a line is not path<TAB>score<TAB>caption"),
-        ("women/a/1/1_0.jpeg\t0.9\ta blouse\n" * 2, "labels: women/a/1/1_0.jpeg is there twice"),
+        ("women/a/1/1_0.jpeg\t0.9", "top_train_detect_all.txt: line 2 is not path<TAB>score<TAB>caption"),
+        ("\t0.9\ta blouse", "top_train_detect_all.txt: line 2 is not path<TAB>score<TAB>caption"),
+        ("women/a/1/1_0.jpeg\t0.9\ta blouse", "labels: women/a/1/1_0.jpeg is there twice"),
     ],
-    ids=["no caption", "twice"],
+    ids=["no caption", "no path", "twice"],
 )
-def test_a_label_of_fashion200k_without_a_caption_or_twice_is_named(copy, line, message):
-    (copy / "fashion200k/labels/top_train_detect_all.txt").write_text(line)
+def test_a_damaged_label_of_fashion200k_is_named(copy, line, message):
+    label = copy / "fashion200k/labels/top_train_detect_all.txt"
+    label.write_text(f"women/a/1/1_0.jpeg\t0.9\ta blouse\n{line}\n")
     with pytest.raises(UserError, match=message):
+        Fashion200K(copy / "fashion200k")
+
+
+def test_an_empty_caption_of_fashion200k_is_left_out_and_told(copy):
+    label = copy / "fashion200k/labels/top_train_detect_all.txt"
+    before = Fashion200K(copy / "fashion200k")
+    label.write_text(f"women/a/1/1_0.jpeg\t0.9\t \n{label.read_text()}")
+    data = Fashion200K(copy / "fashion200k")
+    assert data.rows == before.rows and before.missing() == []
+    assert data.missing() == ["a caption of women/a/1/1_0.jpeg"]
+
+
+def test_fashion200k_with_the_labels_of_one_category_half_there_is_refused(copy):
+    (copy / "fashion200k/labels/top_train_detect_all.txt").unlink()
+    with pytest.raises(UserError, match="lacks labels/top_train_detect_all.txt: .*xthan/fashion-200k"):
         Fashion200K(copy / "fashion200k")
 
 
@@ -294,10 +311,16 @@ def test_where_train_captions_were_not_released_ours_are_learned_from(copy):
     file.write_text(json.dumps([*json.loads(file.read_text()), both]))
     data = FashionIQCap(root)
     assert data.products == pools["train"]  # not val's, and those of two categories once
+    toptee = json.loads((root / "image_splits/split.toptee.train.json").read_text())
+    assert data.uncaptioned == toptee and data.missing() == [f"a caption of {name}" for name in toptee]
     item = data[0]
     assert (
         item["text"] == f"A {data.products[0]}." and item["category"] == "dress" and item["image"].size[0] > 1
     )
+
+    file.unlink()  # without which it is not known what is evaluated on
+    with pytest.raises(UserError, match="split.toptee.val.json: cannot be read"):
+        FashionIQCap(root)
 
 
 def test_fashioniq_says_that_train_captions_were_never_released_and_where_the_rest_is(copy):

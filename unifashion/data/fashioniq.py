@@ -112,8 +112,8 @@ class FashionIQCap:
     """Items {"image": RGB, "text": caption, "path": relative to root, "product": id, "category", "text_guidance"}.
 
     The text is the caption on one line, without the "**" that some have. In train, where nothing was released, they are those of
-    our captions.jsonl, if it is there. All three categories, one after the other;
-    `products` has the id of each item. Raises UserError if captions or pictures are missing or damaged.
+    our captions.jsonl, if it is there; `uncaptioned` has the ids that it lacks. All three categories, one after the
+    other; `products` has the id of each item. Raises UserError if captions or pictures are missing or damaged.
     """
 
     SOURCE = (
@@ -135,8 +135,9 @@ class FashionIQCap:
             raise UserError(
                 f"{self.root} lacks {', '.join(lacks if not own else []) or 'images/'}: {self.SOURCE}, or use --data toy."
             )
+        self.uncaptioned: list[str] = []
         if own:
-            self.rows = own_rows(self.root)
+            self.rows, self.uncaptioned = own_rows(self.root)
         else:
             self.rows = [(name, row) for name, file in files.items() for row in read_captions(file)]
         self.products = [row["image"] for _, row in self.rows]
@@ -157,8 +158,9 @@ class FashionIQCap:
         }
 
     def missing(self) -> list[str]:
-        """The pictures that the rows name and that are not there, relative to the root."""
-        return absent_pictures(self.root, ([name] for name in self.products))
+        """The pictures that the rows name and that are not there, relative to the root; and the `uncaptioned`."""
+        told = [f"a caption of {name}" for name in self.uncaptioned]
+        return [*absent_pictures(self.root, ([name] for name in self.products)), *told]
 
 
 def joined(captions: tuple[str, str], way: int = 0) -> str:
@@ -238,21 +240,29 @@ def read_captions(file: Path) -> list[dict]:
     return clean
 
 
-def own_rows(root: Path) -> list[tuple[str, dict]]:
+def own_rows(root: Path) -> tuple[list[tuple[str, dict]], list[str]]:
     """
-    captions.jsonl as (category, row of Fashion-IQ-Cap): of pictures of the split train alone, each once. 811 of
-    Fashion-IQ's are in val's or test's pool of another category, too, and left out: what is evaluated on is not learned from.
+    captions.jsonl as (category, row of Fashion-IQ-Cap), of pictures of the split train alone, each once; and the ids of those
+    that it lacks. 811 of Fashion-IQ's are in val's or test's pool of another category, too, and left out: what is evaluated on
+    is not learned from. Raises UserError if one of the nine lists of `image_splits/` cannot be read.
     """
-    captions, rows = read_jsonl_captions(root / "captions.jsonl"), {}
-    splits = root / "image_splits"
-    evaluated = {
-        n for split in ("val", "test") for f in splits.glob(f"split.*.{split}.json") for n in read_pool(f)
-    }
-    for category in CATEGORIES:
-        for name in read_pool(splits / f"split.{category}.train.json"):
-            if name in captions and name not in rows and name not in evaluated:
-                rows[name] = (category, {"image": name, "caption": captions[name], "text_guidance": ""})
-    return list(rows.values())
+
+    def pool(category: str, split: str) -> list[str]:
+        return read_pool(root / f"image_splits/split.{category}.{split}.json")
+
+    captions = read_jsonl_captions(root / "captions.jsonl")
+    evaluated = {name for c in CATEGORIES for split in ("val", "test") for name in pool(c, split)}
+    category: dict[str, str] = {}
+    for c in CATEGORIES:
+        for name in pool(c, "train"):
+            if name not in evaluated:
+                category.setdefault(name, c)
+    rows = [
+        (c, {"image": name, "caption": captions[name], "text_guidance": ""})
+        for name, c in category.items()
+        if name in captions
+    ]
+    return rows, [name for name in category if name not in captions]
 
 
 def read_jsonl_captions(file: Path) -> dict[str, str]:

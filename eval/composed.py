@@ -13,24 +13,25 @@ Nowhere is the reference taken out of the pool, as in Fashion-IQ's own protocol:
 
 Captions of the pool (`infer.py caption`) must be written from the pictures alone: those that know the queries are refused
 (`eval.leaks`). Beside the model: each term alone; the reference alone, once as its picture's own embedding against the others'
-(mean over aligned queries), once with an empty text in place of the change; the text alone; the texts given to other
-references; and chance. Controls that have a query have the captions' term, too, if there is one. Intervals: 95 %, bootstrap over queries.
+(mean over aligned queries), once with an empty text in place of the change; the text alone, once as a caption's embedding,
+once with a white picture as its reference; the texts given to other references; and chance. Controls that have a query
+have the captions' term, too, if there is one. Intervals: 95 %, bootstrap over queries.
 """
 
 import argparse
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from eval import leaks
-from eval.captioning import garments_of, resampled, seen_in_training, shuffled
-from eval.generation import interval, read_rows
+from eval.captioning import garments_of, resampled, shuffled
+from eval.generation import interval, seen_in_training
 from eval.leaks import Leak
 from eval.metrics.recall import ranks
 from eval.retrieval import (
@@ -51,7 +52,8 @@ from eval.retrieval import (
     save_json,
 )
 from unifashion import Parser, UserError, training
-from unifashion.data.fashioniq import FashionIQ, FashionIQCap, Triplet, absent_pictures, joined
+from unifashion.data import read_json, toy
+from unifashion.data.fashioniq import FashionIQ, FashionIQCap, Triplet, absent_pictures, joined, picture_path
 from unifashion.data.readers import in_toy
 from unifashion.model import UniFashion
 from unifashion.search import composed_embeddings, composed_scores, image_to_image, text_to_text
@@ -59,7 +61,9 @@ from unifashion.tokenizers import WordPiece
 
 AT = (10, 50)
 COMPOSED, NO_CAPTIONS, NO_IMAGES = "composed", "without captions", "captions alone"
-PICTURE, EMPTY, TEXT, SHUFFLED = "reference picture", "reference, empty text", "text alone", "texts shuffled"
+PICTURE, EMPTY = "reference picture", "reference, empty text"
+TEXT, WHITE, SHUFFLED = "text alone", "text, white reference", "texts shuffled"
+CONTROLS = ((PICTURE, EMPTY), (TEXT, WHITE))  # of one half of a query; of each pair the better counts
 PAPER = {  # Table 4: R@10, R@50, their mean, over the three categories
     "UniFashion, Table 4": (58.93, 76.93, 67.93),
     "the same, w/o captions": (55.27, 74.80, 65.04),
@@ -117,8 +121,8 @@ def one_pool(data: FashionIQ, looks: dict[str, object]) -> Pool:
 def toy_pool(world: Path, data: FashionIQ, split: str) -> Pool:
     """`one_pool` of ToyFashion. Raises UserError if its garments are not the world's, or training has seen them."""
     known = FashionIQCap(data.root, split)
-    garments = garments_of(read_rows(world, split), "fashioniq-cap", known, list(range(len(known))))
-    if seen := seen_in_training(read_rows(world, "train"), garments):
+    garments = garments_of(toy.read_rows(world, split), "fashioniq-cap", known, list(range(len(known))))
+    if seen := seen_in_training(toy.read_rows(world, "train"), garments):
         raise UserError(
             f"{seen} of {len(garments)} garments have a combination of attributes that training has seen: this is no test"
         )
@@ -126,13 +130,27 @@ def toy_pool(world: Path, data: FashionIQ, split: str) -> Pool:
 
 
 def check_pictures(data: FashionIQ, pools: list[Pool]) -> None:
-    """Raise UserError if pictures are missing: among fewer candidates the figures would be better."""
-    names = {name for pool in pools for name in pool.ids}
-    if gone := absent_pictures(data.root, ([name] for name in sorted(names))):
+    """Raise UserError if pictures are missing, or are none: among fewer candidates the figures would be better."""
+    names = sorted({name for pool in pools for name in pool.ids})
+    if gone := absent_pictures(data.root, ([name] for name in names)):
         raise UserError(
             f"{data.root} lacks {len(gone)} of {len(names)} pictures, {gone[0]} for one, and among fewer the figures would be "
             "better than they are: github.com/XiaoxiaoGuo/fashion-iq says how to get them"
         )
+    paths = [data.root / picture_path(data.root, name) for name in names]
+    if broken := [str(path.relative_to(data.root)) for path in paths if not is_picture(path)]:
+        raise UserError(
+            f"{data.root}: {len(broken)} of {len(paths)} pictures are damaged: {', '.join(broken)}"
+        )
+
+
+def is_picture(path: Path) -> bool:
+    """Whether the file begins as a picture does, which is known at once; pixels are read later."""
+    try:
+        with Image.open(path):
+            return True
+    except Exception:  # a damaged file can make a decoder raise almost anything
+        return False
 
 
 def captions_of(files: list[Path], pool: Pool) -> list[dict]:
@@ -165,13 +183,13 @@ def captions_of(files: list[Path], pool: Pool) -> list[dict]:
 
 @torch.no_grad()
 def embed_composed(
-    model: UniFashion, words: WordPiece, data: FashionIQ, references: list[str], texts: list[str], batch: int,
+    model: UniFashion, words: WordPiece, open_: Callable[[int], Image.Image], texts: list[str], batch: int,
     name: str, quiet: bool,
 ) -> Tensor:  # fmt: skip
-    """e_cls (b,256) of each reference, an id, with its text."""
+    """e_cls (b,256) of each reference, which `open_` opens by its number, with its text."""
     made = []
-    for piece in batches(len(references), batch, name, quiet):
-        pictures = read_pictures(model, lambda i: data.open(references[i]), piece)
+    for piece in batches(len(texts), batch, name, quiet):
+        pictures = read_pictures(model, open_, piece)
         made.append(
             composed_embeddings(model, pictures, *read_texts(model, words, [texts[i] for i in piece]))
         )
@@ -185,8 +203,14 @@ def search(
     size, quiet = args.batch_size, args.quiet
     references, texts = [row.reference for row in pool.rows], pool.texts
 
-    def embed(of: list[str], what: str) -> Tensor:
-        return embed_composed(model, words, data, references, of, size, f"{pool.name}, {what}", quiet)
+    def reference(i: int) -> Image.Image:
+        return data.open(references[i])
+
+    def white(i: int) -> Image.Image:
+        return Image.new("RGB", (256, 256), "white")
+
+    def embed(of: list[str], what: str, open_: Callable[[int], Image.Image] = reference) -> Tensor:
+        return embed_composed(model, words, open_, of, size, f"{pool.name}, {what}", quiet)
 
     images = embed_pictures(
         model, lambda i: data.open(pool.ids[i]), len(pool.ids), size, f"{pool.name}, pool", quiet
@@ -202,6 +226,7 @@ def search(
         PICTURE: image_to_image(images[[place[name] for name in references]], images),
         EMPTY: composed_scores(embed([""] * len(texts), EMPTY), images, z_c),
         TEXT: composed_scores(embed_texts(model, words, texts, size), images, z_c),
+        WHITE: composed_scores(embed(texts, WHITE, white), images, z_c),
         SHUFFLED: composed_scores(embed(others, SHUFFLED), images, z_c),
     }
     return {row: ranks(of.cpu(), pool.right) for row, of in scores.items()}
@@ -220,7 +245,7 @@ def recalls(ranked: Tensor) -> np.ndarray:
 def judge(found: dict[str, dict[str, Tensor]], pools: list[Pool]) -> dict[str, dict]:
     """
     found  {pool: `search`'s ranks}
-    ->     {"recall": {row: {pool: figures}}, "control": the better of the reference alone, "differences": {name: figures}}
+    ->     {"recall": {row: {pool: figures}}, "controls": the better of each of CONTROLS, "differences": {name: figures}}
 
     figures: [R@10, R@50, mean], each with its interval; the pool "mean" is the mean over pools.
     """
@@ -239,9 +264,9 @@ def judge(found: dict[str, dict[str, Tensor]], pools: list[Pool]) -> dict[str, d
     lucky = {p.name: [chance(p.right.sum(1), len(p.ids), k) for k in AT] for p in pools}
     lucky["mean"] = np.mean(list(lucky.values()), axis=0).tolist()
     table["chance"] = {name: [[a], [b], [(a + b) / 2]] for name, (a, b) in lucky.items()}
-    control = max((PICTURE, EMPTY), key=lambda row: means[row][0, 0])
-    less = {f"composed less {row}": shown(means[COMPOSED] - means[row]) for row in (control, TEXT)}
-    return {"recall": table, "control": control, "differences": less}
+    controls = [max(pair, key=lambda row: means[row][0, 0]) for pair in CONTROLS]
+    less = {f"composed less {row}": shown(means[COMPOSED] - means[row]) for row in controls}
+    return {"recall": table, "controls": controls, "differences": less}
 
 
 # How it is told
@@ -320,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     result = judge(found, pools)
 
     report = about_run("eval.composed", argv, args, model, began)
-    report |= {"toyfashion": json.loads((world / "toy.json").read_text())} if world else {}
+    report |= {"toyfashion": read_json(world / "toy.json")} if world else {}
     report |= {
         "split": split,
         "queries": {pool.name: len(pool.rows) for pool in pools},

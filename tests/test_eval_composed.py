@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from eval import composed
 from eval.captioning import shuffled
@@ -22,11 +23,12 @@ from eval.composed import (
     PICTURE,
     SHUFFLED,
     TEXT,
+    WHITE,
     Pool,
     captions_of,
     judge,
 )
-from eval.generation import qformer_hash, read_rows
+from eval.generation import qformer_hash
 from eval.retrieval import look
 from tests.rooms import SMALL, write_weights
 from tests.worlds import world_of
@@ -67,7 +69,7 @@ def test_in_one_pool_whatever_looks_like_the_target_is_right():
 def test_twins_in_toyfashion_are_those_of_the_worlds_truth(world):
     data = FashionIQ(world / "fashioniq", "test")
     pool = composed.toy_pool(world, data, "test")
-    rows = [toy.Garment(**row["garment"]) for row in read_rows(world, "test")]
+    rows = [toy.Garment(**row["garment"]) for row in toy.read_rows(world, "test")]
     of = dict(zip(sorted(pool.ids), rows, strict=True))  # ids are running numbers, in the world's order
     assert len(pool.ids) == 30 and len(pool.rows) > 20
     for i, row in enumerate(pool.rows):
@@ -157,8 +159,12 @@ def test_every_row_of_the_table_is_what_it_says(world, weights):
     z_t = former.embed_image(former(see(pool.ids))[0])
     z_c = former.embed_text(former(None, *text_of(captions))[1])
 
-    def fused(texts: list[str]) -> torch.Tensor:
-        return former.embed_text(former(see(references), *text_of(texts))[1])
+    blank = torch.stack([qformer_image(Image.new("RGB", (9, 9), "white"), 28)] * len(references))
+    white = model.see(blank)
+
+    def fused(texts: list[str], seen: torch.Tensor | None = None) -> torch.Tensor:
+        seen = see(references) if seen is None else seen
+        return former.embed_text(former(seen, *text_of(texts))[1])
 
     def pictures_term(query: torch.Tensor) -> torch.Tensor:
         return torch.stack([(z_t @ q).amax(-1) for q in query])
@@ -175,6 +181,7 @@ def test_every_row_of_the_table_is_what_it_says(world, weights):
         PICTURE: torch.stack([(z_t * q).sum(-1).mean(-1) for q in own]),
         EMPTY: both(fused([""] * len(texts))),
         TEXT: both(former.embed_text(former(None, *text_of(texts))[1])),
+        WHITE: both(fused(texts, white)),
         SHUFFLED: both(fused([texts[i] for i in shuffled(range(len(texts)), 0)])),
     }
     assert list(found) == list(wanted)
@@ -183,7 +190,7 @@ def test_every_row_of_the_table_is_what_it_says(world, weights):
     assert len({tuple(ranks.tolist()) for ranks in found.values()}) == len(found)
 
     bare = composed.search(model, words, data, pool, None, args)
-    assert list(bare) == [COMPOSED, PICTURE, EMPTY, TEXT, SHUFFLED]
+    assert list(bare) == [COMPOSED, PICTURE, EMPTY, TEXT, WHITE, SHUFFLED]
     assert torch.equal(bare[COMPOSED], found[NO_CAPTIONS]) and torch.equal(bare[PICTURE], found[PICTURE])
     assert bare[TEXT].tolist() == rank(
         pictures_term(former.embed_text(former(None, *text_of(texts))[1])).numpy()
@@ -198,9 +205,13 @@ def test_figures_that_can_be_had_by_head():
     pools += [Pool("shirt", [*"ab"] * 100, [None] * 2, torch.eye(2, 200).bool())]
     found = {
         "dress": ranked(
-            composed=[1, 10, 11, 51], picture=[1, 99, 99, 99], empty=[1, 1, 50, 99], text=[99] * 4
+            composed=[1, 10, 11, 51],
+            picture=[1, 99, 99, 99],
+            empty=[1, 1, 50, 99],
+            text=[99] * 4,
+            white=[50] * 4,
         ),
-        "shirt": ranked(composed=[10, 50], picture=[1, 1], empty=[99, 99], text=[10, 99]),
+        "shirt": ranked(composed=[10, 50], picture=[1, 1], empty=[99, 99], text=[10, 99], white=[99, 99]),
     }
     result = judge(found, pools)
 
@@ -212,12 +223,14 @@ def test_figures_that_can_be_had_by_head():
     assert figures("chance", "dress") == pytest.approx([10, 50, 30])
     assert figures("chance", "mean") == pytest.approx([7.5, 37.5, 22.5])
     assert figures(PICTURE, "mean")[0] == 62.5 > figures(EMPTY, "mean")[0] == 25
-    assert result["control"] == PICTURE
+    assert result["controls"] == [PICTURE, TEXT]
     less = result["differences"]
     assert [f[0] for f in less[f"composed less {PICTURE}"]] == [-12.5, 25, 6.25]
     assert [f[0] for f in less[f"composed less {TEXT}"]] == [25, 62.5, 43.75]
     found["shirt"][EMPTY], found["shirt"][PICTURE] = found["shirt"][PICTURE], found["shirt"][EMPTY]
-    assert judge(found, pools)["control"] == EMPTY
+    found["shirt"][WHITE] = torch.tensor([10, 10])
+    result = judge(found, pools)
+    assert result["controls"] == [EMPTY, WHITE] and f"composed less {WHITE}" in result["differences"]
 
 
 def test_intervals_have_the_width_of_theory_and_those_of_differences_know_the_pairs():
@@ -225,7 +238,9 @@ def test_intervals_have_the_width_of_theory_and_those_of_differences_know_the_pa
     pools = [Pool("all", [""] * n, [None] * n, torch.eye(n).bool())]
     hit = [1 if i < 0.6 * n else 99 for i in range(n)]
     worse = [1 if i < 0.5 * n else 99 for i in range(n)]
-    result = judge({"all": ranked(composed=hit, picture=worse, empty=[99] * n, text=worse)}, pools)
+    result = judge(
+        {"all": ranked(composed=hit, picture=worse, empty=[99] * n, text=worse, white=[99] * n)}, pools
+    )
     figure, low, high = result["recall"][COMPOSED]["mean"][0]
     half = 196 * np.sqrt(0.6 * 0.4 / n)
     assert figure == 60 and abs(low - (60 - half)) < 1 and abs(high - (60 + half)) < 1
@@ -245,7 +260,7 @@ def test_the_command_prints_what_a_reader_needs_and_repeats(command, weights, tm
     assert report["reference"].startswith("stays in the pool") and report["captions"].startswith("none")
     model = load_unifashion("tiny", weights, draws=False)
     assert report["qformer sha256"] == qformer_hash(model)
-    for row in (COMPOSED, PICTURE, EMPTY, TEXT, SHUFFLED, "chance", "composed less text alone"):
+    for row in (COMPOSED, PICTURE, EMPTY, TEXT, WHITE, SHUFFLED, "chance"):
         assert len(re.findall(rf"^{row}  .*\d", printed, re.MULTILINE)) == 1, row
     assert NO_CAPTIONS not in printed and "UniFashion, Table 4" not in printed and "drawn pictures" in printed
     saved = json.loads((tmp_path / "figures.json").read_text())
@@ -336,7 +351,7 @@ def small_data() -> SimpleNamespace:
 
 
 def ranked(**of: list[int]) -> dict[str, torch.Tensor]:
-    names = {"composed": COMPOSED, "picture": PICTURE, "empty": EMPTY, "text": TEXT}
+    names = {"composed": COMPOSED, "picture": PICTURE, "empty": EMPTY, "text": TEXT, "white": WHITE}
     return {names[row]: torch.tensor(ranks) for row, ranks in of.items()}
 
 

@@ -35,12 +35,12 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from eval.generation import interval, qformer_hash, read_rows
+from eval.generation import interval, qformer_hash, seen_in_training
 from eval.metrics.bleu import bleu, counts, words
 from unifashion import Parser, UserError, runs, training
 from unifashion.caption import Caption, check_search, write_captions
 from unifashion.config import PRESETS
-from unifashion.data import toy
+from unifashion.data import read_json, toy
 from unifashion.data.readers import READERS, in_toy
 from unifashion.data.texts import WRITERS, named
 from unifashion.data.toy import Garment
@@ -101,14 +101,6 @@ def garments_of(rows: list[dict], style: str, data: Dataset, picks: list[int]) -
         if all(s[k] <= truth(g)[k] for s, g in zip(said, garments, strict=True) for k in ATTRIBUTES):
             return garments
     raise UserError(f"{style} has other garments than the ToyFashion that it is part of: draw it anew")
-
-
-def seen_in_training(rows: list[dict], garments: list[Garment]) -> int:
-    """How many of the garments have a combination of attributes that training has, be it in `rows` or in the training data
-    of other parts, which are the combinations that `toy.split_of` gives to train: 0, or it is no test."""
-    seen = {tuple(row["garment"][k] for k in toy.COMBINATION) for row in rows}
-    ours = [tuple(getattr(g, k) for k in toy.COMBINATION) for g in garments]
-    return sum(c in seen or toy.split_of(g) == "train" for c, g in zip(ours, garments, strict=True))
 
 
 def write(
@@ -374,8 +366,8 @@ def main(argv: list[str] | None = None) -> None:
     if name == "toy":
         world, split = training.toy_folder(path), args.split or "test"
         folders = {style: in_toy(world, style, args.quiet) for style in styles}
-        train, rows = read_rows(world, "train"), read_rows(world, split)
-        about["toyfashion"] = json.loads((world / "toy.json").read_text())
+        train, rows = toy.read_rows(world, "train"), toy.read_rows(world, split)
+        about["toyfashion"] = read_json(world / "toy.json")
     else:
         split, folders = "validation", {"fashiongen": path}
     data = {style: READERS[style](folder, split) for style, folder in folders.items()}

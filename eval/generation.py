@@ -44,7 +44,7 @@ from eval import judge as judging
 from eval.judge import ATTRIBUTES, COLUMNS, Judge
 from unifashion import Parser, UserError, runs, sheets, training
 from unifashion.config import PRESETS
-from unifashion.data import toy
+from unifashion.data import read_json, toy
 from unifashion.data.mgd import MGD
 from unifashion.diffusion import SAMPLERS
 from unifashion.model import UniFashion
@@ -69,8 +69,12 @@ class Setting(NamedTuple):
         return f"{self.sampler} {self.steps}, guidance {self.guidance:g}"
 
 
-def read_rows(world: Path, split: str) -> list[dict]:
-    return [json.loads(line) for line in (world / f"attributes_{split}.jsonl").read_text().splitlines()]
+def seen_in_training(rows: list[dict], garments: list[toy.Garment]) -> int:
+    """How many of the garments have a combination of attributes that training has, be it in `rows` or in the training data
+    of other parts, which are the combinations that `toy.split_of` gives to train: 0, or it is no test."""
+    seen = {tuple(row["garment"][k] for k in toy.COMBINATION) for row in rows}
+    ours = [tuple(getattr(g, k) for k in toy.COMBINATION) for g in garments]
+    return sum(c in seen or toy.split_of(g) == "train" for c, g in zip(ours, garments, strict=True))
 
 
 class Cases:
@@ -79,7 +83,7 @@ class Cases:
     def __init__(self, world: Path, split: str, samples: int) -> None:
         self.world, self.data = world, MGD(world / "vitonhd", split, paired=False)
         self.pairs = self.data.photos.pairs[:samples]
-        owned = {row["id"]: toy.Garment(**row["garment"]) for row in read_rows(world, split)}
+        owned = {row["id"]: toy.Garment(**row["garment"]) for row in toy.read_rows(world, split)}
         self.garments = [owned[cloth] for _, cloth in self.pairs]
         self.texts = [", ".join(self.data.captions[cloth[:5]]) for _, cloth in self.pairs]
 
@@ -96,11 +100,6 @@ class Cases:
         name = "{}_{}.png".format(*self.pairs[i])
         open_ = self.data.photos.open
         return np.asarray(open_(f"truth/{name}")), np.asarray(open_(f"truth-mask/{name}", "L")) >= 128
-
-    def seen_in_training(self) -> int:
-        """How many wanted garments have a combination of attributes that a training garment has: 0, or it is no test."""
-        seen = {tuple(row["garment"][k] for k in toy.COMBINATION) for row in read_rows(self.world, "train")}
-        return sum(tuple(getattr(g, k) for k in toy.COMBINATION) in seen for g in self.garments)
 
     def shuffled(self, seed: int) -> list[int]:
         """For every case another one, each taken once, whose garment looks different. Raises UserError if none is."""
@@ -336,6 +335,10 @@ def main(argv: list[str] | None = None) -> None:
     world = training.toy_folder(training.name_and_path(args.data, ("toy",))[1])
     split = args.split or ("test" if controls else "val")
     cases = Cases(world, split, args.samples)
+    if seen := seen_in_training(toy.read_rows(world, "train"), cases.garments):
+        raise UserError(
+            f"{seen} of {len(cases)} garments have a combination of attributes that training has seen: this is no test"
+        )
     judge, judge_key = judging.trained_judge(world, args.judge, args.judge_steps, args.quiet)
 
     def measured(name: str, make: Make) -> Row:
@@ -366,10 +369,10 @@ def main(argv: list[str] | None = None) -> None:
     report = {
         "command": shlex.join(["python", "-m", "eval.generation", *(sys.argv[1:] if argv is None else argv)]),
         "commit": runs.git_commit(),
-        "toyfashion": json.loads((world / "toy.json").read_text()),
+        "toyfashion": read_json(world / "toy.json"),
         "split": split,
         "samples": len(cases),
-        "seen in training": cases.seen_in_training(),
+        "seen in training": seen,
         "settings": [s._asdict() for s in settings],
         "preset": args.preset,
         "seed": args.seed,

@@ -8,7 +8,6 @@ attributes: that has a rule of its own, `unifashion.data.toy.main_colour`. `scor
 
 import hashlib
 import inspect
-import json
 import os
 import re
 import sys
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unifashion import feed, training
+from unifashion import UserError, feed, training
 from unifashion.data import open_image, toy
 from unifashion.data.texts import PATTERN_WORDS
 
@@ -93,7 +92,11 @@ def open_picture(path: Path, mode: str, resample: Image.Resampling) -> np.ndarra
 
 def read_training_set(world: Path, quiet: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The training split's persons (n,96,96,3) uint8, garment masks (n,96,96) bool, attributes (n,), -100 = no second."""
-    rows = [json.loads(line) for line in (world / "attributes_train.jsonl").read_text().splitlines()]
+    rows = toy.read_rows(world, "train")
+    if not rows:
+        raise UserError(
+            f"{world} has nothing to train on, from which the judge learns: draw a world with --train"
+        )
     folder = world / "vitonhd" / "train"
     pictures = np.empty((len(rows), ROWS.stop - ROWS.start, WIDTH, 3), np.uint8)
     masks = np.empty(pictures.shape[:3], bool)
@@ -147,7 +150,7 @@ def fingerprint(world: Path, steps: int) -> str:
     """What the judge follows from: the steps of its training, the world's settings and first pictures, and this file."""
     code = inspect.getsource(sys.modules[__name__])
     h = hashlib.sha256(f"{steps} {(world / 'toy.json').read_text()} {code}".encode())
-    for path in sorted((world / "vitonhd" / "train" / "image").iterdir())[:16]:
+    for path in sorted((world / "vitonhd" / "train" / "image").glob("*"))[:16]:
         h.update(path.read_bytes())
     return h.hexdigest()[:16]
 

@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from eval.captioning import ATTRIBUTES, Said, draw, garments_of, resampled, seen_in_training, shuffled, truth
-from eval.generation import interval, qformer_hash, read_rows
+from eval.captioning import ATTRIBUTES, Said, draw, garments_of, resampled, shuffled, truth
+from eval.generation import interval, qformer_hash, seen_in_training
 from eval.metrics.recall import ranks
 from unifashion import Parser, UserError, runs, training
 from unifashion.config import PRESETS
-from unifashion.data import toy
+from unifashion.data import read_json, toy
 from unifashion.data.readers import READERS, in_toy
 from unifashion.data.texts import named
 from unifashion.data.toy import Garment
@@ -260,12 +260,12 @@ def main(argv: list[str] | None = None) -> None:
     world = training.toy_folder(path)
     data: Dataset = READERS[args.style](in_toy(world, args.style, args.quiet), args.split)
     picks = draw(data.products, len(data), args.seed)
-    garments = garments_of(read_rows(world, args.split), args.style, data, picks)
+    garments = garments_of(toy.read_rows(world, args.split), args.style, data, picks)
     kept = distinct(garments, args.samples)
     if len(kept) < 2:
         raise UserError(f"{args.data}: the split {args.split} has fewer than 2 garments that differ")
     picks, garments = [picks[i] for i in kept], [garments[i] for i in kept]
-    if seen := seen_in_training(read_rows(world, "train"), garments):
+    if seen := seen_in_training(toy.read_rows(world, "train"), garments):
         raise UserError(
             f"{seen} of {len(garments)} garments have a combination of attributes that training has seen: this is no test"
         )
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
 
     most = model.cfg.qformer.max_text
     report = about_run("eval.retrieval", argv, args, model, began) | {
-        "toyfashion": json.loads((world / "toy.json").read_text()),
+        "toyfashion": read_json(world / "toy.json"),
         "split": args.split,
         "style": args.style,
         "garments": len(garments),

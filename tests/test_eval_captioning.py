@@ -18,9 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 import unifashion.caption
-from eval import captioning
+from eval import captioning, generation
 from eval.captioning import ATTRIBUTES, READERS, WRITERS, Case, count, draw, judge, shares, shuffled, truth
-from eval.generation import read_rows
 from tests.goldens import GOLDEN
 from tests.parity import randomise
 from tests.rooms import ROOT, SMALL
@@ -259,7 +258,7 @@ def test_plain_garments_that_differ_in_a_colour_nobody_sees_are_alike():
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_pictures_garment_is_the_one_of_its_row(style, split, world):
     data = READERS[style](toy.part(world, style.removesuffix("-cap"), True), split)
-    rows = read_rows(world, split)
+    rows = toy.read_rows(world, split)
     garments = captioning.garments_of(rows, style, data, range(len(data)))
     pictures = len(data) // len(rows)  # of a garment
     assert Counter(garments) == Counter({Garment(**row["garment"]): pictures for row in rows})
@@ -272,15 +271,15 @@ def test_a_pictures_garment_is_the_one_of_its_row(style, split, world):
 
 
 def test_garments_of_combinations_that_training_has_are_seen(world):
-    test, train = (read_rows(world, split) for split in ("test", "train"))
+    test, train = (toy.read_rows(world, split) for split in ("test", "train"))
     unseen, known = ([Garment(**row["garment"]) for row in rows] for rows in (test, train))
-    assert captioning.seen_in_training(train, unseen) == 0
-    assert captioning.seen_in_training(train, [*unseen, *known[:3]]) == 3
-    assert captioning.seen_in_training([*train, test[4]], unseen) == 1
-    assert captioning.seen_in_training([], known[:2]) == 2  # other parts may train on them
+    assert generation.seen_in_training(train, unseen) == 0
+    assert generation.seen_in_training(train, [*unseen, *known[:3]]) == 3
+    assert generation.seen_in_training([*train, test[4]], unseen) == 1
+    assert generation.seen_in_training([], known[:2]) == 2  # other parts may train on them
     second = next(c for c in toy.PALETTE if c not in (known[0].second, known[0].colour))
     assert (
-        captioning.seen_in_training(train, [replace(known[0], second=second)]) == 1
+        generation.seen_in_training(train, [replace(known[0], second=second)]) == 1
     )  # not in the combination
 
 

@@ -178,12 +178,11 @@ def test_differences_are_between_the_same_cases(cases):
 
 
 def test_the_test_garments_are_unseen_and_not_the_persons_own(world, cases):
-    assert cases.seen_in_training() == 0
+    train = toy.read_rows(world, "train")
+    assert generation.seen_in_training(train, cases.garments) == 0
     assert all(person != cloth for person, cloth in cases.pairs)
-    first = generation.read_rows(world, "train")[0]["garment"]
-    cases = Cases(world, "test", SAMPLES)
-    cases.garments[0] = toy.Garment(**first)
-    assert cases.seen_in_training() == 1
+    garments = [toy.Garment(**train[0]["garment"]), *cases.garments[1:]]
+    assert generation.seen_in_training(train, garments) == generation.seen_in_training([], garments) == 1
 
 
 def test_shuffling_gives_every_case_a_garment_that_looks_different(cases):
@@ -312,7 +311,7 @@ def test_the_judge_learns_attributes_and_masks(learned, world):
 
 def test_the_judge_is_not_taught_a_second_colour_that_nobody_sees(world):
     _, _, targets = judge.read_training_set(world, True)
-    for i, g in enumerate(row["garment"] for row in generation.read_rows(world, "train")):
+    for i, g in enumerate(row["garment"] for row in toy.read_rows(world, "train")):
         unseen = g["pattern"] == "plain"
         wanted = {k: toy.ATTRIBUTES[k].index(g[k]) for k in ATTRIBUTES} | ({"second": -100} if unseen else {})
         assert {k: int(v[i]) for k, v in targets.items()} == wanted
@@ -453,7 +452,7 @@ def cases(world) -> Cases:
 @pytest.fixture(scope="module")
 def drawn(world):
     """(case, garment) -> the case's person drawn in it, and the garment's pixels."""
-    rows = {row["id"]: row["person"] for row in generation.read_rows(world, "test")}
+    rows = {row["id"]: row["person"] for row in toy.read_rows(world, "test")}
     people = [rows[person] for person, _ in Cases(world, "test", 500).pairs]
     kept = {}
 
@@ -469,7 +468,7 @@ def drawn(world):
 @pytest.fixture(scope="module")
 def oracle(world, cases, drawn) -> "Oracle":
     others, own = cases.shuffled(0), Cases(world, "test", 500)
-    rows = {row["id"]: toy.Garment(**row["garment"]) for row in generation.read_rows(world, "test")}
+    rows = {row["id"]: toy.Garment(**row["garment"]) for row in toy.read_rows(world, "test")}
     known = []
     for i, (person, _) in enumerate(own.pairs):
         known += [(*drawn(i, g), g) for g in (rows[person], cases.garments[i], cases.garments[others[i]])]
@@ -567,7 +566,7 @@ def timeless(report: dict) -> str:
 
 def training_pictures(world: Path) -> tuple[np.ndarray, np.ndarray, list[dict]]:
     """The training persons of a small world, redrawn: pictures, garment masks, attributes."""
-    rows = generation.read_rows(world, "train")
+    rows = toy.read_rows(world, "train")
     worn = [toy.draw_person(toy.Person(**row["person"]), toy.Garment(**row["garment"])) for row in rows]
     pictures, masks = (np.stack([np.asarray(w[k]) for w in worn]) for k in ("image", "garment"))
     return pictures, masks > 0, [row["garment"] for row in rows]

@@ -15,7 +15,7 @@ import torch
 
 from eval import retrieval
 from eval.captioning import draw, garments_of, truth
-from eval.generation import qformer_hash, read_rows
+from eval.generation import qformer_hash
 from eval.retrieval import COLUMNS, chance, distinct, embed_pictures, embed_texts, judge, look, true_pairs
 from tests.rooms import ROOT, SMALL, write_weights
 from tests.worlds import world_of
@@ -212,7 +212,7 @@ def test_what_is_searched_are_the_garments_own_pictures_and_texts(command, world
     printed = command("--style", "fashioniq-cap", "--seed", "3")
     data = READERS["fashioniq-cap"](toy.part(world, "fashioniq", True), "test")
     picks = draw(data.products, 12, 3)
-    garments = garments_of(read_rows(world, "test"), "fashioniq-cap", data, picks)
+    garments = garments_of(toy.read_rows(world, "test"), "fashioniq-cap", data, picks)
     picks = [picks[i] for i in distinct(garments, 1500)]
     assert seen["texts"] == [data[i]["text"] for i in picks]
     for i, picture in zip(picks, seen["pictures"], strict=True):

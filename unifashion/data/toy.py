@@ -39,7 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unifashion import Parser, UserError
-from unifashion.data import read_json
+from unifashion.data import read_json, read_lines
 from unifashion.data.body import Person, draw_pose
 from unifashion.data.cloth import PALETTE, Garment, draw_product, draw_sketch
 from unifashion.data.figure import draw_person
@@ -172,6 +172,15 @@ def write_tables(root: Path, rows: dict[str, list[dict]]) -> None:
         (root / "fashion200k" / "labels" / name).write_text("".join(lines))
     captions = {row["id"][:5]: row["chunks"] for items in rows.values() for row in items}
     (root / "vitonhd" / "captions.json").write_text(json.dumps(captions))
+
+
+def read_rows(root: Path, split: str) -> list[dict]:
+    """The truth of a split, a row a cloth and the person who owns it. Raises UserError if it cannot be read."""
+    path = root / f"attributes_{split}.jsonl"
+    try:
+        return [json.loads(line) for line in read_lines(path)]
+    except ValueError as error:
+        raise UserError(f"{path}: not whole JSON ({error})") from None
 
 
 def ensure(

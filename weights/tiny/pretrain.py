@@ -17,7 +17,6 @@ all: as Vicuna does, it can tell what it is told. `words` makes its tokenizer of
 
 import argparse
 import io
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -89,7 +88,7 @@ class Attributes(Dataset):
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.rows = [json.loads(line) for line in (root / "attributes_train.jsonl").read_text().splitlines()]
+        self.rows = toy.read_rows(root, "train")
 
     def __len__(self) -> int:
         return 4 * len(self.rows)
@@ -218,13 +217,14 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         state["step"] = step + 1
         done = state["step"] == steps or stop.asked
-        if step % 20 == 0 or done:
+        saves = state["step"] % args.eval_every == 0 or done
+        if step % 20 == 0 or saves:  # what is saved has been looked at
             shown = {k: round(float(v.detach()), 4) for k, v in losses.items()}
             bar.set_postfix(shown)
             if bad := [k for k, v in shown.items() if not math.isfinite(v)]:
-                raise UserError(runs.diverged(out, bad[0], shown[bad[0]], step))
+                raise UserError(f"{bad[0]} is {shown[bad[0]]} at step {step}: the run diverged")
             runs.log_line(out, step=step, **shown)
-        if state["step"] % args.eval_every == 0 or done:
+        if saves:
             runs.save_checkpoint(out / "last", model, modules, optimizer, parameters, None, state)
             sheets.draw_curves([out], out / "losses.png")
         if done:

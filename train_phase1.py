@@ -43,8 +43,11 @@ ADAMW = {
     "caption": {"weight_decay": 0.0, "betas": (0.9, 0.99)},
     "generate": training.ADAMW["diffusion"],
 }
-# Share of the steps, then a cosine; None: a constant rate.
-WARMUP = {"align": 0.05, "caption": 0.03, "generate": None}
+# Share of the steps, then a cosine; None: a constant rate. Of align at full size: 1.5 epochs of 10, the official code's.
+WARMUP = {
+    "full": {"align": 0.15, "caption": 0.03, "generate": None},
+    "tiny": {"align": 0.05, "caption": 0.03, "generate": None},
+}
 DEFAULTS = {
     "full": {  # align: the official code's; caption, generate: the paper's appendix B, caption's epochs the code's
         "align": {"batch_size": 128, "lr": 2e-5, "epochs": 10, "steps": None},
@@ -74,7 +77,7 @@ def train(
     init = init or before.get("init")
     if not runs.has_checkpoint(out) and init:
         runs.model_file(Path(init))  # complains before gigabytes are read
-    size, accumulate = hparams["batch_size"], args.accumulate
+    size, accumulate, warmup = hparams["batch_size"], args.accumulate, WARMUP[args.preset][stage]
     if stage == "align" and size < 2:
         raise UserError("--batch-size is 1: align finds a picture's wrong texts in its batch, 2 at least")
     b = parallel.share(size)
@@ -110,12 +113,12 @@ def train(
     config = {**vars(args), **hparams, "stage": stage, "steps": steps, "init": init, "company": files}
     config |= {
         **ADAMW[stage],
-        "warmup": WARMUP[stage],
+        "warmup": warmup,
         "curriculum": training.CURRICULUM[args.preset],
         "samples": len(train_set),
     }
-    # Under --stage all, init is the previous stage's folder. It may have moved, so it is not compared.
-    if args.stage == "all" and not fresh:
+    # Under --stage all, init of a later stage is the previous stage's folder. It may have moved, so it is not compared.
+    if args.stage == "all" and stage != "align" and not fresh:
         config["init"] = before.get("init")
     runs.start_run(out, config, resume)
 
@@ -202,8 +205,8 @@ def train(
     clock, logged = time.perf_counter(), state["step"]
     for step in bar:
         rate = 1.0
-        if WARMUP[stage] is not None:
-            rate = training.cosine(step, steps, warmup=max(1, int(steps * WARMUP[stage])))
+        if warmup is not None:
+            rate = training.cosine(step, steps, warmup=max(1, int(steps * warmup)))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         for micro in range(step * accumulate, (step + 1) * accumulate):
@@ -284,6 +287,7 @@ def main(argv: list[str] | None = None) -> None:
             writes = stage == "caption"
             (llm_tokenizer if writes else tokenizer)(args.preset, args.weights)
             check_public(args.preset, args.weights, stage == "generate", writes)
+            runs.check_out(args.out / stage, args.resume and stage in begun)
     for stage in stages:
         out, resume = args.out, args.resume
         if len(stages) > 1:  # a stage that had not begun when the others were stopped begins now

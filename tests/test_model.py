@@ -15,7 +15,7 @@ B = 2
 
 def test_v_gives_back_the_noise():
     x0, noise, t = torch.randn(B, 4, 3, 2).double(), torch.randn(B, 4, 3, 2).double(), torch.tensor([5, 980])
-    a = diffusion.alphas_cumprod()[t][:, None, None, None]
+    a = diffusion.alphas_cumprod(torch.device("cpu"))[t][:, None, None, None]
     v = a.sqrt() * noise - (1 - a).sqrt() * x0
     torch.testing.assert_close(diffusion.v_to_eps(v, diffusion.q_sample(x0, t, noise), a), noise)
 
@@ -89,7 +89,7 @@ def test_in_bfloat16_guidance_is_counted_in_float32(monkeypatch):
 def test_q2i_of_v_is_the_error_of_v():
     model, *_ = random_model("v")
     t, noise, off = torch.tensor([5, 980]), torch.randn(B, 4, 3, 2).double(), torch.randn(B, 4, 3, 2).double()
-    a = diffusion.alphas_cumprod()[t][:, None, None, None]
+    a = diffusion.alphas_cumprod(torch.device("cpu"))[t][:, None, None, None]
     error_of_v = off / a.sqrt()  # x_t is known, so eps off by `off` is v off by that
     torch.testing.assert_close(model.q2i(noise + off, noise, t), error_of_v.square().mean())
 

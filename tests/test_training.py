@@ -200,14 +200,12 @@ def test_accumulated_batches_count_by_their_mean(place, monkeypatch):
     given, apart = [], training.clipped_backward
 
     def noted(losses, parameters, share):
-        norms = apart(losses, parameters, share)
-        given.append((share, sum(float(p.grad.norm()) for p in parameters if p.grad is not None)))
-        return norms
+        given.append((share, any(p.grad is not None and p.grad.any() for p in parameters)))
+        return apart(losses, parameters, share)
 
     monkeypatch.setattr(training, "clipped_backward", noted)
     run("1 align", place, "run", 2, "--accumulate", "2")
-    assert [share for share, _ in given] == [0.5] * 4
-    assert given[0][1] != given[1][1]  # a second batch's gradient is added to the first's
+    assert given == [(0.5, False), (0.5, True)] * 2  # a second batch's gradient is added to the first's
 
 
 @pytest.mark.parametrize("data", ["vitonhd=toy/vitonhd", "mgd=toy/dresscode", "mgd=toy/vitonhd"])
@@ -226,7 +224,7 @@ def test_progress_is_told_with_losses_speed_and_the_time_that_is_left(place, cap
 
 
 def test_the_defaults_of_the_full_size_are_the_papers_or_the_official_codes():
-    """Appendix B: batches and rates; notes/upstream.md 2.2: epochs, weight decay, betas, warm-up."""
+    """Appendix B: batches and rates; notes/upstream.md 2.2: epochs, weight decay, betas, eps, warm-up (1.5 epochs)."""
     one, two = train_phase1.DEFAULTS["full"], train_phase2.DEFAULTS["full"]
     assert one["align"] == {"batch_size": 128, "lr": 2e-5, "epochs": 10, "steps": None}
     assert one["caption"] == two["caption"] == {"batch_size": 32, "lr": 2e-5, "epochs": 2, "steps": None}
@@ -235,15 +233,13 @@ def test_the_defaults_of_the_full_size_are_the_papers_or_the_official_codes():
     assert (
         train_phase1.ADAMW["align"]
         == training.ADAMW["qformer"]
-        == {"weight_decay": 0.05, "betas": (0.9, 0.98)}
+        == {"weight_decay": 0.05, "betas": (0.9, 0.98), "eps": 1e-7}
     )
     assert train_phase1.ADAMW["caption"] == {"weight_decay": 0.0, "betas": (0.9, 0.99)}
     assert train_phase1.ADAMW["generate"] == training.ADAMW["diffusion"]
     assert training.ADAMW["diffusion"] == {"weight_decay": 0.01, "betas": (0.9, 0.999)}
-    assert (
-        train_phase1.WARMUP == {"align": 0.05, "caption": 0.03, "generate": None}
-        and train_phase2.WARMUP == 0.05
-    )
+    assert train_phase1.WARMUP["full"] == {"align": 1.5 / 10, "caption": 0.03, "generate": None}
+    assert train_phase2.WARMUP["full"] == 1.5 / 15
 
 
 def test_the_text_adapter_learns_at_a_tenth_of_the_rate_of_lora(place, groups):

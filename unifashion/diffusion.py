@@ -10,6 +10,7 @@ the caller's. Coefficients are Python floats made in float64: no sampler waits f
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,18 +20,19 @@ Eps = Callable[[Tensor, int], Tensor]
 TIMESTEPS = 1000
 
 
-def alphas_cumprod() -> Tensor:
+@cache  # a step of training that copied them to a GPU would wait for it
+def alphas_cumprod(device: torch.device) -> Tensor:
     """(1000,) float64, "linear" in CompVis and "scaled_linear" in diffusers: 0.99915 at t=0, 0.00466 at t=999."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - betas, dim=0)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64, device="cpu") ** 2
+    return torch.cumprod(1 - betas, dim=0).to(device)
 
 
-ALPHAS: list[float] = alphas_cumprod().tolist()
+ALPHAS: list[float] = alphas_cumprod(torch.device("cpu")).tolist()
 
 
 def q_sample(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """x0, noise (b,c,y,x), t (b,) int64 -> x_t, the latent with the noise of timestep t (forward process)."""
-    a = alphas_cumprod().to(t.device)[t][:, None, None, None]
+    a = alphas_cumprod(t.device)[t][:, None, None, None]
     return (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(x0.dtype)
 
 

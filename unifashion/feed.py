@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from unifashion import UserError, parallel
-from unifashion.training import seeded
+from unifashion.training import seeded, send
 
 GROUP = 16  # samples that are encoded together for the cache
 GRAIN = 8  # texts are cut to a multiple of so many tokens: few shapes, little padding
@@ -175,7 +175,7 @@ def stream(
     """`batches`, on the device but for ON_CPU."""
 
     def move(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: v if k in ON_CPU else v.to(device) for k, v in batch.items()}
+        return {k: v if k in ON_CPU else send(v, device) for k, v in batch.items()}
 
     return map(move, batches(samples, order, lambda batch: encode(move(batch)), cache, workers))
 

@@ -34,7 +34,7 @@ class UniFashion(nn.Module):
     draws   with image adapter, VAE, U-Net and garment encoder
     writes  with text adapter and LLM; LoRA is put into it once its base weights are there
 
-    No task needs both halves, and the halves of FULL are 2 and 7 billion parameters. ViT and Q-Former are in each.
+    Only composed search learns with both halves (Eq. 11 and 12), and the halves of FULL are 2 and 7 billion parameters. ViT and Q-Former are in each.
     """
 
     def __init__(self, cfg: UniFashionConfig, draws: bool = True, writes: bool = False) -> None:
@@ -169,14 +169,14 @@ class UniFashion(nn.Module):
             return out
         # In bfloat16, 1 - a_t would be 0 where there is little noise.
         wide = torch.promote_types(x.dtype, torch.float32)
-        a = alphas_cumprod().to(x.device, wide)[t][:, None, None, None]
+        a = alphas_cumprod(x.device)[t].to(wide)[:, None, None, None]
         return v_to_eps(out.to(wide), x.to(wide), a)
 
     def q2i(self, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Eq. 7, the mean over (b,4,y,x). Where the U-Net predicts v, v's squared error: eps - eps' = sqrt(a_t) (v - v')."""
         loss = eps_loss(predicted, noise)
         if self.cfg.prediction == "v":
-            loss = loss / alphas_cumprod().to(t.device, loss.dtype)[t]
+            loss = loss / alphas_cumprod(t.device)[t].to(loss.dtype)
         return loss.mean()
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ from unifashion.data import toy
 
 # AdamW of the Q-Former is the official code's, that of the diffusion side the paper's appendix B.
 ADAMW = {
-    "qformer": {"weight_decay": 0.05, "betas": (0.9, 0.98)},
+    "qformer": {"weight_decay": 0.05, "betas": (0.9, 0.98), "eps": 1e-7},
     "diffusion": {"weight_decay": 0.01, "betas": (0.9, 0.999)},
 }
 # Share of the steps over which ITM's negatives go from uniform to hard: what learns from nothing cannot tell hard ones apart.
@@ -228,7 +228,7 @@ class BatchRNG:
         self.b, self.device = b * parallel.world(), device
 
     def _local(self, x: Tensor) -> Tensor:
-        return parallel.local_rows(x).to(self.device)
+        return send(parallel.local_rows(x), self.device)
 
     def normal(self, *shape: int) -> Tensor:
         """(b,*shape) ~ N(0,1)"""
@@ -246,7 +246,15 @@ class BatchRNG:
         """odds (b,n), unnormalised, on the CPU -> (b,) one of n for each row"""
         u = parallel.local_rows(torch.rand(self.b, generator=self.generator))
         bounds = odds.cumsum(1)
-        return (u[:, None] * bounds[:, -1:] >= bounds).sum(1).clamp(max=odds.shape[1] - 1).to(self.device)
+        of = (u[:, None] * bounds[:, -1:] >= bounds).sum(1).clamp(max=odds.shape[1] - 1)
+        return send(of, self.device)
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """To the device. A GPU fetches it while the CPU goes on: from memory that is not pinned, the CPU would wait for the GPU."""
+    if x.is_cpu and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def seeded(*key: int | str) -> torch.Generator:

@@ -336,11 +336,21 @@ def test_stopped_in_one_stage_the_next_does_not_begin_and_goes_on_when_asked(pla
     steps = {stage: {**of, "steps": 2} for stage, of in train_phase1.DEFAULTS["tiny"].items()}
     monkeypatch.setitem(train_phase1.DEFAULTS, "tiny", steps)
     everything = [a if a != "align" else "all" for a in arguments("1 align", place, "all")]
+    (place / "all/caption/samples").mkdir(parents=True)
+    with pytest.raises(UserError, match="all/caption is not empty"):
+        train_phase1.main(everything)
+    assert not (place / "all/align").exists()  # told before the first stage has trained
+    shutil.rmtree(place / "all")
     with stopped_after(1):
         train_phase1.main(everything)
     assert state(place / "all/align")["step"] == 1 and not (place / "all/caption").exists()
+    with pytest.raises(UserError, match="all/align was started with init None, not other"):
+        train_phase1.main([*everything, "--resume", "--init", "other"])
     train_phase1.main([*everything, "--resume"])
     assert [state(place / "all" / stage)["step"] for stage in PHASE1] == [2, 2, 2]
+    (place / "all/align/skipped.txt").write_text("what could not be read\n")
+    train_phase1.main([*everything, "--resume"])
+    assert (place / "all/align/skipped.txt").exists()  # nothing was read again
     parts = {runs.part_of(name) for name in learned(place / "all/generate")}
     assert parts == {"qformer", *WRITES, *DRAWS}  # all of it, from each of the three
 

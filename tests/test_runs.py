@@ -177,6 +177,7 @@ def test_a_checkpoint_that_was_cut_short_is_not_gone_on_from(name, told, place):
 
 def test_a_run_needs_no_git(place, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(runs, "git_commit", runs.git_commit.__wrapped__)  # without what was asked before
     run("1 align", place, "archive", 1)
     assert state(place / "archive")["commit"] == "unknown"
 
@@ -351,6 +352,16 @@ def test_curves_are_drawn_of_what_there_is(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     sheets.draw_curves([tmp_path], tmp_path / "losses.png")
     assert Image.open(tmp_path / "losses.png").width > 100
+
+
+def test_a_line_that_a_kill_cut_short_does_not_swallow_the_next(tmp_path):
+    (tmp_path / "config.json").write_text('{"steps": 2}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "IT')
+    for step in (1, 2):
+        runs.start_run(tmp_path, {"steps": 2}, True)
+        runs.log_line(tmp_path, step=step)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines == ['{"step": 0}', '{"step": 1, "IT', '{"step": 1}', '{"step": 2}']
 
 
 # Helpers

@@ -22,6 +22,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -125,7 +126,8 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
             raise UserError(
                 f"{out} was started with {before['samples']} samples, now there are {config['samples']}"
             )
-    if has_checkpoint(out) and (done := _state_of(_intact(out / "last"))["step"]) > config["steps"]:
+    done = _state_of(_intact(out / "last"))["step"] if has_checkpoint(out) else 0
+    if done > config["steps"]:
         raise UserError(f"{out} has done {done} steps already, more than the {config['steps']} of --steps")
     parallel.barrier()  # all have looked before the first of them writes
     lock(out)
@@ -139,8 +141,11 @@ def start_run(out: Path, config: dict, resume: bool) -> None:
         new.write_text(json.dumps(config, indent=1))
         new.replace(out / "config.json")
         (out / "samples").mkdir(exist_ok=True)
-        for log in out.glob("skipped*.txt"):  # what was broken may have been mended
-            log.unlink()
+        if done < config["steps"]:  # else nothing is read again
+            for log in out.glob("skipped*.txt"):  # what was broken may have been mended
+                log.unlink()
+        _end_line(out / "metrics.jsonl")
+    git_commit()  # that of the code which runs: it may change in the folder meanwhile
     parallel.barrier()
 
 
@@ -292,8 +297,10 @@ class NaNWatch:
 
 
 def diverged(out: Path, name: str, value: float, step: int) -> str:
-    before = f" {out}/last is from before;" * has_checkpoint(out)
-    return f"{name} is {value} at step {step}: the run diverged.{before} a lower --lr may help"
+    before = f"; {out}/last is from before, from which --init may go on in another --out" * has_checkpoint(
+        out
+    )
+    return f"{name} is {value} at step {step}: the run diverged{before}. A lower --lr may help"
 
 
 def has_checkpoint(out: Path) -> bool:
@@ -394,6 +401,7 @@ def _whole(cfg: UniFashionConfig) -> dict[str, Tensor]:
     return model.state_dict()
 
 
+@cache
 def git_commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
@@ -401,6 +409,13 @@ def git_commit() -> str:
     except OSError:  # no git here: the code came as an archive
         return "unknown"
     return asked.stdout.strip() or "unknown"
+
+
+def _end_line(file: Path) -> None:
+    """What a killed run cut short stays a line of its own."""
+    if file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n"):
+        with open(file, "a") as f:
+            f.write("\n")
 
 
 def log_line(run: Path, **values: float | int | str) -> None:

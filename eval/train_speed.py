@@ -333,7 +333,7 @@ def measure(
     steps: int,
     dtype: str = "auto",
 ) -> Row:
-    """The step itself, `steps` times after two that are not timed."""
+    """The step itself, `steps` times after one that is not timed, on a GPU two."""
     row, cuda = Row(stage, b, measured=True), device.type == "cuda"
     try:
         s = prepare(stage, cfg, b, device, dtype, checkpointing)

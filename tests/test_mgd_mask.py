@@ -54,7 +54,10 @@ def test_the_masks_of_real_persons_in_viton_hd_are_the_rules(name):
 @needs_samples
 @pytest.mark.parametrize(
     "path",
-    ["dresses/052012", "dresses/051994", "upper_body/048462", "upper_body/048466", "lower_body/050855"],
+    [
+        *("dresses/052012", "dresses/051994", "upper_body/048462", "upper_body/048466"),
+        *("lower_body/050855", "lower_body/050915"),
+    ],
 )
 def test_the_masks_of_real_persons_in_dress_code_are_the_rules(path):
     kind, name = path.split("/")

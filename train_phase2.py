@@ -76,7 +76,7 @@ DEFAULTS = {
         "retrieval": {"batch_size": 64, "lr": 3e-4, "epochs": None, "steps": 600},
         "cir": {"batch_size": 32, "lr": 3e-4, "epochs": None, "steps": 1800},
         "caption": {"batch_size": 32, "lr": 3e-4, "epochs": None, "steps": 2400},
-        "tryon": {"batch_size": 16, "lr": 1e-3, "epochs": None, "steps": 16_000},
+        "tryon": {"batch_size": 16, "lr": 1e-3, "epochs": None, "steps": 28_000},
     },
 }
 

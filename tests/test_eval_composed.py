@@ -129,6 +129,16 @@ def test_captions_that_do_not_fit_the_pool_are_refused(rows, told, tmp_path):
         captions_of([file], Pool("dress", ["a", "b"], [], torch.zeros(0, 2)))
 
 
+def test_all_damaged_pictures_of_a_pool_are_named_at_once(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (3, 4)).save(tmp_path / "images/a.png")
+    for name in ("b.png", "c.jpg"):
+        (tmp_path / "images" / name).write_text("<html>")
+    pools = [Pool("all", ["a", "b", "c"], [], torch.zeros(0, 3))]
+    with pytest.raises(UserError, match="2 of 3 pictures are damaged: images/b.png, images/c.jpg"):
+        composed.check_pictures(SimpleNamespace(root=tmp_path), pools)
+
+
 # What the model says
 
 

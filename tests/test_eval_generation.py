@@ -300,6 +300,16 @@ def test_neither_the_truth_nor_the_old_garment_can_reach_an_output(
 # The judge
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"), [("", "nothing to train on"), ('{"id"', "train.jsonl: not whole JSON")]
+)
+def test_a_world_without_whole_training_rows_has_no_judge(rows, message, tmp_path):
+    (tmp_path / "toy.json").write_text("{}")
+    (tmp_path / "attributes_train.jsonl").write_text(rows)
+    with pytest.raises(UserError, match=message):
+        judge.trained_judge(tmp_path, tmp_path / "judges", 1, True)
+
+
 def test_the_judge_learns_attributes_and_masks(learned, world):
     pictures, masks, rows = training_pictures(world)
     read, found = learned.read(pictures)

@@ -372,6 +372,21 @@ def test_the_stand_ins_resume_bit_for_bit(part, place, monkeypatch):
     assert_same(learned(place / "whole"), learned(place / "parts"))
 
 
+def test_a_stand_in_that_diverges_between_two_looks_is_not_saved(place, monkeypatch):
+    monkeypatch.setattr(pretrain, "HERE", place)
+    (place / "llama_tokenizer.model").symlink_to(place / "weights/llama_tokenizer.model")
+
+    def spoil(parameters, most):  # after the first step the weights are no numbers
+        for p in parameters:
+            p.grad.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
+    flags = ["--workers", "0", "--batch-size", "4", "--steps", "8", "--eval-every", "3"]
+    with pytest.raises(UserError, match="is nan at step 2: the run diverged"):
+        pretrain.main(["llama", "--data", str(place / "toy"), "--out", str(place / "run"), *flags])
+    assert not (place / "run/last").exists()
+
+
 # Helpers
 
 

@@ -84,6 +84,8 @@ class Cases:
         self.world, self.data = world, MGD(world / "vitonhd", split, paired=False)
         self.pairs = self.data.photos.pairs[:samples]
         owned = {row["id"]: toy.Garment(**row["garment"]) for row in toy.read_rows(world, split)}
+        if lost := [cloth for _, cloth in self.pairs if cloth not in owned]:
+            raise UserError(f"{world}/attributes_{split}.jsonl lacks {lost[0]}: draw this world anew")
         self.garments = [owned[cloth] for _, cloth in self.pairs]
         self.texts = [", ".join(self.data.captions[cloth[:5]]) for _, cloth in self.pairs]
 

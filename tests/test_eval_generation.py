@@ -297,11 +297,26 @@ def test_neither_the_truth_nor_the_old_garment_can_reach_an_output(
     assert np.array_equal(before, try_on(model, words, cases, condition, setting, 0, own, [0, 1]))
 
 
+def test_garments_that_training_saw_are_no_test(command, monkeypatch):
+    monkeypatch.setattr(generation, "seen_in_training", lambda rows, garments: 3)
+    with pytest.raises(UserError, match="^3 of 4 garments have a combination .* this is no test"):
+        command()
+
+
+def test_a_cloth_of_which_the_truth_is_not_told_is_named(world, tmp_path):
+    folder = shutil.copytree(world, tmp_path / "toy")
+    rows = folder / "attributes_test.jsonl"
+    first, *rest = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(rest))
+    with pytest.raises(UserError, match=f"attributes_test.jsonl lacks {json.loads(first)['id']}: draw"):
+        Cases(folder, "test", 500)
+
+
 # The judge
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"), [("", "nothing to train on"), ('{"id"', "train.jsonl: not whole JSON")]
+    ("rows", "message"), [("", "nothing to train on"), ('\n{"id"', "train.jsonl: line 2 is not whole JSON")]
 )
 def test_a_world_without_whole_training_rows_has_no_judge(rows, message, tmp_path):
     (tmp_path / "toy.json").write_text("{}")

@@ -231,6 +231,16 @@ def test_missing_pictures_are_counted_before_anything_is_trained(place, capsys):
     assert "fashion200k: 2 of 36 samples are left out, " in capsys.readouterr().err
 
 
+def test_what_has_no_caption_counts_as_missing_and_as_one_that_should_be_there(place):
+    shutil.copytree((place / "toy").resolve(), place / "broken/toy")
+    (label,) = (place / "broken/toy/fashion200k/labels").glob("top_train_*")
+    label.write_text(f"women/a/1/1_0.jpeg\t0.9\t\n{label.read_text()}")
+    with pytest.raises(
+        UserError, match="1 of 37 samples are missing or broken.*lacks a caption of women/a/1/1_0"
+    ):
+        run("1 align", place, "run", 1, "--data", f"fashion200k={place / 'broken/toy/fashion200k'}")
+
+
 # BatchRNG
 
 

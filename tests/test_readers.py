@@ -57,15 +57,15 @@ def test_captions_with_letters_beyond_ascii_are_read(copy):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("women/a/1/1_0.jpeg\t0.9", "top_train_detect_all.txt: line 2 is not path<TAB>score<TAB>caption"),
-        ("\t0.9\ta blouse", "top_train_detect_all.txt: line 2 is not path<TAB>score<TAB>caption"),
+        ("women/a/1/1_0.jpeg\t0.9", "top_train_detect_all.txt: line 3 is not path<TAB>score<TAB>caption"),
+        ("\t0.9\ta blouse", "top_train_detect_all.txt: line 3 is not path<TAB>score<TAB>caption"),
         ("women/a/1/1_0.jpeg\t0.9\ta blouse", "labels: women/a/1/1_0.jpeg is there twice"),
     ],
     ids=["no caption", "no path", "twice"],
 )
 def test_a_damaged_label_of_fashion200k_is_named(copy, line, message):
     label = copy / "fashion200k/labels/top_train_detect_all.txt"
-    label.write_text(f"women/a/1/1_0.jpeg\t0.9\ta blouse\n{line}\n")
+    label.write_text(f"women/a/1/1_0.jpeg\t0.9\ta blouse\n\n{line}\n")
     with pytest.raises(UserError, match=message):
         Fashion200K(copy / "fashion200k")
 

@@ -764,10 +764,16 @@ def test_damaged_pictures_of_the_data_are_one_line_even_from_a_worker(workers, p
     assert "--allow-missing" in told[0]
 
 
-def test_no_world_is_drawn_where_a_path_was_mistyped(place):
+def test_no_world_is_drawn_where_a_path_was_mistyped(place, tmp_path):
     with pytest.raises(UserError, match="typo holds no ToyFashion: python -m unifashion.data.toy --out"):
         training.toy_folder(place / "typo")
     assert not (place / "typo").exists()
+
+
+def test_a_world_whose_settings_are_cut_short_is_told_before_any_work(tmp_path):
+    (tmp_path / "toy.json").write_text('{"version": 1')
+    with pytest.raises(UserError, match="toy.json: not whole JSON"):
+        training.toy_folder(tmp_path)
 
 
 # Helpers

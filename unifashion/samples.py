@@ -57,9 +57,10 @@ def open_data(names: list[str], kinds: tuple[str, ...], allow_missing: bool = Fa
     for part, data in parts.items():
         if gone := data.missing():
             told = f"{folders[part]} lacks {gone[0]}: {data.SOURCE}"
-            check_share(len(gone), len(data), told, allow_missing)
+            named = len(data) + len(getattr(data, "uncaptioned", ()))  # these are no samples, but would be
+            check_share(len(gone), named, told, allow_missing)
             if rank() == 0:
-                print(f"{part}: {len(gone)} of {len(data)} samples are left out, {told}", file=sys.stderr)
+                print(f"{part}: {len(gone)} of {named} samples are left out, {told}", file=sys.stderr)
     return parts
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from unifashion import UserError, parallel
 from unifashion.config import PRESETS
-from unifashion.data import toy
+from unifashion.data import read_json, toy
 
 # AdamW of the Q-Former is the official code's, that of the diffusion side the paper's appendix B.
 ADAMW = {
@@ -139,12 +139,17 @@ def name_and_path(name: str, known: tuple[str, ...]) -> tuple[str, Path]:
 
 
 def toy_folder(path: Path) -> Path:
-    """The ToyFashion at `path`, whatever its settings; in data/toy, version 1 is drawn if there is none."""
+    """
+    The ToyFashion at `path`, whatever its settings; in data/toy, version 1 is drawn if there is none.
+
+    Raises UserError if another folder holds none, or toy.json is damaged: worth telling before hours of work.
+    """
     if not (path / "toy.json").is_file() and path != Path("data/toy"):
         raise UserError(f"{path} holds no ToyFashion: python -m unifashion.data.toy --out {path} draws it")
     if not (path / "toy.json").is_file():
         print(f"{path} is not there: drawing ToyFashion, minutes of both cores, once", file=sys.stderr)
         toy.ensure(path)
+    read_json(path / "toy.json")
     return path
 
 

@@ -35,10 +35,11 @@ def read_json(path: Path):
         raise UserError(f"{path}: not whole JSON ({error})") from None
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that have something. Raises UserError if it cannot be read or is not UTF-8."""
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that have something, with their numbers. Raises UserError if it cannot be read or is not UTF-8."""
     try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:

@@ -51,7 +51,7 @@ class Fashion200K:
 def read_labels(file: Path) -> list[tuple[str, str]]:
     """The (path, caption) of each line. Raises UserError, naming file and line, if one has not three columns or no path."""
     rows = []
-    for i, line in enumerate(read_lines(file), 1):
+    for i, line in read_lines(file):
         path, *rest = line.rstrip("\r").split("\t")
         if len(rest) != 2 or not path.strip():
             raise UserError(f"{file}: line {i} is not path<TAB>score<TAB>caption: {line[:100]}")

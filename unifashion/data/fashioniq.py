@@ -272,7 +272,7 @@ def read_jsonl_captions(file: Path) -> dict[str, str]:
     it should be, or two caption a picture in one style.
     """
     found: dict[str, dict[str, str]] = {}
-    for i, line in enumerate(read_lines(file), 1):
+    for i, line in read_lines(file):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -176,11 +176,13 @@ def write_tables(root: Path, rows: dict[str, list[dict]]) -> None:
 
 def read_rows(root: Path, split: str) -> list[dict]:
     """The truth of a split, a row a cloth and the person who owns it. Raises UserError if it cannot be read."""
-    path = root / f"attributes_{split}.jsonl"
-    try:
-        return [json.loads(line) for line in read_lines(path)]
-    except ValueError as error:
-        raise UserError(f"{path}: not whole JSON ({error})") from None
+    path, rows = root / f"attributes_{split}.jsonl", []
+    for i, line in read_lines(path):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}: line {i} is not whole JSON ({error})") from None
+    return rows
 
 
 def ensure(

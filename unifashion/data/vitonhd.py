@@ -15,7 +15,7 @@ FOLDERS = ("image", "agnostic-mask", "image-densepose", "cloth")
 
 def read_pairs(file: Path) -> list[tuple[str, str]]:
     """The ids of a pair list's lines, "person.jpg cloth.jpg". Raises UserError for another line, or a person who is there twice."""
-    rows = [line.split() for line in read_lines(file)]
+    rows = [line.split() for _, line in read_lines(file)]
     broken = next((row for row in rows if len(row) != 2), None)
     if broken:
         raise UserError(f"{file}: a line is not 'person.jpg cloth.jpg': {' '.join(broken)}")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,16 @@ def test_a_run_leaves_what_the_design_says(place):
     assert row.keys() == {"step", "ITC", "ITM", "lr", "norms", "seconds"} and len(row["norms"]) == 2
     told = (place / "run/samples/000002.txt").read_text().splitlines()
     assert len(told) >= 5 and all(line.startswith("-> ") for line in told[1::3])
+
+
+def test_a_run_whose_best_is_gone_keeps_the_next(place):
+    with stopped_after(2):
+        run("1 align", place, "run", 4, "--eval-every", "2")
+    told = state(place / "run")
+    (place / "run/last/state.json").write_text(json.dumps({**told, "best": -1.0}))  # no loss is below
+    shutil.rmtree(place / "run/best")
+    run("1 align", place, "run", 4, "--eval-every", "2", "--resume")
+    assert (place / "run/best/model.safetensors").is_file() and state(place / "run")["best"] > 0
 
 
 def test_an_average_of_the_weights_is_saved_and_the_raw_ones_beside_it(place):

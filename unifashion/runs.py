@@ -325,9 +325,9 @@ def load_checkpoint(
     ema: EMA | None,
 ) -> dict:
     """Put everything back where `save_checkpoint` found it. -> its state."""
-    # A run that was killed after it saved `best` and before `last` has that best already.
+    # A run that was killed after it saved `best` and before `last` has that best already; one whose best/ is gone has none.
     best = folder.with_name("best")
-    lowest = {"best": _state_of(best)["best"]} if best.exists() else {}
+    lowest = {"best": _state_of(best)["best"] if best.exists() else math.inf}
     if not folder.exists():
         return lowest  # killed before its first checkpoint: from the start
     state = {**_state_of(folder), **lowest}

@@ -212,7 +212,7 @@ def train(
         with training.autocast(torch.device("cpu"), args.dtype):
             losses = model.loss(data, step)
         sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state["step"] = step + 1
@@ -221,8 +221,9 @@ def train(
         if step % 20 == 0 or saves:  # what is saved has been looked at
             shown = {k: round(float(v.detach()), 4) for k, v in losses.items()}
             bar.set_postfix(shown)
-            if bad := [k for k, v in shown.items() if not math.isfinite(v)]:
-                raise UserError(f"{bad[0]} is {shown[bad[0]]} at step {step}: the run diverged")
+            found = {**shown, "the gradient's norm": float(norm)}
+            if bad := [f"{k} is {v}" for k, v in found.items() if not math.isfinite(v)]:
+                raise UserError(f"{bad[0]} at step {step}: the run diverged")
             runs.log_line(out, step=step, **shown)
         if saves:
             runs.save_checkpoint(out / "last", model, modules, optimizer, parameters, None, state)

@@ -282,6 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(stages) > 1 and args.resume and not begun:
         raise UserError(f"nothing to resume: {args.out} holds no run")
     if len(stages) > 1:  # what a later stage lacks is told before the first has trained
+        parallel.join(training.pick_device(args.device))  # of several processes one takes the folders' locks
         open_data(args.data, TEXTS, args.allow_missing)
         for stage in stages:
             writes = stage == "caption"

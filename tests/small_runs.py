@@ -82,7 +82,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(what: str, place: Path, name: str, *more: str) -> list[str]:
     phase, part = what.split()
-    start = {"1 align": None, "1 caption": "align", "1 generate": "align"}.get(what, "phase1")
+    start = {"1 align": None, "1 all": None, "1 caption": "align", "1 generate": "align"}.get(what, "phase1")
     words = ["--data", f"toy={place / 'toy'}", "--preset", "tiny", "--weights", str(place / "weights")]
     words += ["--out", str(place / name), "--workers", "0", "--eval-every", "100"]
     if part != "mixed":

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.several import ROOT, in_two, torchrun, train
-from tests.small_runs import assert_same, learned, moments, state
+from tests.small_runs import PHASE1, assert_same, learned, moments, state
 from unifashion import runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -175,6 +175,13 @@ def test_what_is_wrong_is_told_in_one_line_by_all_processes_together(flags, hook
     assert re.search(says, line), line
     assert "exitcode  : 2" in told.stderr  # torchrun may end the other before it has left by itself
     assert not (room / "wrong/last").exists()
+
+
+def test_two_processes_go_on_with_phase_1_as_a_whole(room):
+    for flags in ([], ["--resume"]):
+        told = in_two(room, [("1 all", "all", 2, flags, [])])
+        assert told.returncode == 0, told.stderr
+    assert [state(room / "all" / stage)["step"] for stage in PHASE1] == [2, 2, 2]
 
 
 def test_torchrun_stopped_by_sigterm_all_processes_save_and_leave(room):

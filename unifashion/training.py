@@ -139,7 +139,7 @@ def name_and_path(name: str, known: tuple[str, ...]) -> tuple[str, Path]:
 
 
 def toy_folder(path: Path) -> Path:
-    """The ToyFashion at `path`, whatever its settings; in data/toy, version 1 is drawn if there is none. Raises UserError for no whole one."""
+    """The ToyFashion at `path`, whatever its settings; in data/toy, version 1 is drawn if there is none. Raises UserError if it is missing elsewhere, or damaged."""
     if not (path / "toy.json").is_file() and path != Path("data/toy"):
         raise UserError(f"{path} holds no ToyFashion: python -m unifashion.data.toy --out {path} draws it")
     if not (path / "toy.json").is_file():

@@ -35,8 +35,9 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from eval.generation import interval, qformer_hash, seen_in_training
 from eval.metrics.bleu import bleu, counts, words
+from eval.report import interval, qformer_hash, resampled, shuffled
+from eval.truth import ATTRIBUTES, Said, garments_of, seen_in_training, truth
 from unifashion import Parser, UserError, runs, training
 from unifashion.caption import Caption, check_search, write_captions
 from unifashion.config import PRESETS
@@ -49,9 +50,7 @@ from unifashion.preprocess import qformer_image
 from unifashion.tokenizers import SentencePiece
 from weights.load import learned_file, llm_tokenizer, load_unifashion, sha256
 
-ATTRIBUTES = tuple(toy.ATTRIBUTES)
 PAPER = {"BLEU-4": 35.53, "METEOR": 29.32, "ROUGE-L": 54.59, "CIDEr": 169.5}  # FashionGen, Table 2
-Said = dict[str, set[str]]  # attribute -> the values that a text names, or that are true
 
 
 class Case(NamedTuple):
@@ -77,30 +76,6 @@ def draw(products: Sequence[str], samples: int, seed: int) -> list[int]:
     order = torch.randperm(len(names), generator=generator).tolist()
     views = torch.rand(len(names), generator=generator).tolist()
     return [pictures[names[k]][int(views[k] * len(pictures[names[k]]))] for k in order[:samples]]
-
-
-def shuffled(looks: Sequence, seed: int) -> list[int]:
-    """For every look another one, each taken once, that is not equal. Raises UserError if there is no such order."""
-    for attempt in range(1000):
-        order = torch.randperm(len(looks), generator=training.seeded("shuffled", seed, attempt)).tolist()
-        if all(looks[i] != looks[j] for i, j in enumerate(order)):
-            return order
-    raise UserError("the garments are too much alike to shuffle their captions: take more --samples")
-
-
-def garments_of(rows: list[dict], style: str, data: Dataset, picks: list[int]) -> list[Garment]:
-    """The garments of the pictures `picks`; rows are the world's, whose order the products of every part have.
-
-    Raises UserError if it is not so: a text that is not true of its garment tells.
-    """
-    names = sorted(set(data.products))
-    if len(names) == len(rows):
-        known = {name: Garment(**row["garment"]) for name, row in zip(names, rows, strict=True)}
-        garments = [known[data.products[i]] for i in picks]
-        said = [named(data[i]["text"], style) for i in picks]
-        if all(s[k] <= truth(g)[k] for s, g in zip(said, garments, strict=True) for k in ATTRIBUTES):
-            return garments
-    raise UserError(f"{style} has other garments than the ToyFashion that it is part of: draw it anew")
 
 
 def write(
@@ -130,10 +105,6 @@ def write(
 # How it is judged
 
 
-def truth(g: Garment) -> Said:
-    return {k: set() if k == "second" and g.pattern == "plain" else {getattr(g, k)} for k in ATTRIBUTES}
-
-
 def most_frequent(truths: list[Said]) -> Said:
     """Of each attribute the value that most garments have: what can be said without looking."""
     tallies = {k: Counter(value for said in truths for value in sorted(said[k])) for k in ATTRIBUTES}
@@ -153,13 +124,6 @@ def count(said: list[Said], truths: list[Said], references: list[Said]) -> np.nd
         for s, true, asked in zip(said, truths, references, strict=True)
     ]
     return np.array(rows, float)
-
-
-def resampled(values: np.ndarray, times: int = 1000) -> np.ndarray:
-    """values (n,...) -> (1+times,...): the sum over all pictures, then over as many drawn with replacement."""
-    n = len(values)
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), times)
-    return np.tensordot(np.concatenate([np.ones((1, n)), draws]), values, 1)
 
 
 def shares(counted: np.ndarray) -> dict[str, dict]:

@@ -30,33 +30,28 @@ from PIL import Image
 from torch import Tensor
 
 from eval import leaks
-from eval.captioning import garments_of, resampled, shuffled
-from eval.generation import interval, seen_in_training
+from eval.embed import cut_texts, embed_composed, embed_pictures, embed_texts
 from eval.leaks import Leak
 from eval.metrics.recall import ranks
-from eval.retrieval import (
+from eval.report import (
     about_run,
-    batches,
     cell,
     chance,
     check_arguments,
-    checked,
     common_arguments,
-    cut_texts,
-    embed_pictures,
-    embed_texts,
+    interval,
     load,
-    look,
-    read_pictures,
-    read_texts,
+    resampled,
     save_json,
+    shuffled,
 )
+from eval.truth import garments_of, look, seen_in_training
 from unifashion import Parser, UserError, training
 from unifashion.data import read_json, toy
 from unifashion.data.fashioniq import FashionIQ, FashionIQCap, Triplet, absent_pictures, joined, picture_path
 from unifashion.data.readers import in_toy
 from unifashion.model import UniFashion
-from unifashion.search import composed_embeddings, composed_scores, image_to_image, text_to_text
+from unifashion.search import composed_scores, image_to_image, text_to_text
 from unifashion.tokenizers import WordPiece
 
 AT = (10, 50)
@@ -179,21 +174,6 @@ def captions_of(files: list[Path], pool: Pool) -> list[dict]:
 
 
 # What the model says
-
-
-@torch.no_grad()
-def embed_composed(
-    model: UniFashion, words: WordPiece, open_: Callable[[int], Image.Image], texts: list[str], batch: int,
-    name: str, quiet: bool,
-) -> Tensor:  # fmt: skip
-    """e_cls (b,256) of each reference, which `open_` opens by its number, with its text."""
-    made = []
-    for piece in batches(len(texts), batch, name, quiet):
-        pictures = read_pictures(model, open_, piece)
-        made.append(
-            composed_embeddings(model, pictures, *read_texts(model, words, [texts[i] for i in piece]))
-        )
-    return checked(torch.cat(made))
 
 
 def search(

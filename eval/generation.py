@@ -21,7 +21,6 @@ no width where all cases agree: 500 of 500 still leaves room for about 0.7 %).
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -42,6 +41,8 @@ from tqdm import tqdm
 
 from eval import judge as judging
 from eval.judge import ATTRIBUTES, COLUMNS, Judge
+from eval.report import interval, qformer_hash
+from eval.truth import seen_in_training
 from unifashion import Parser, UserError, runs, sheets, training
 from unifashion.config import PRESETS
 from unifashion.data import read_json, toy
@@ -67,14 +68,6 @@ class Setting(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.sampler} {self.steps}, guidance {self.guidance:g}"
-
-
-def seen_in_training(rows: list[dict], garments: list[toy.Garment]) -> int:
-    """How many of the garments have a combination of attributes that training has, be it in `rows` or in the training data
-    of other parts, which are the combinations that `toy.split_of` gives to train: 0, or it is no test."""
-    seen = {tuple(row["garment"][k] for k in toy.COMBINATION) for row in rows}
-    ours = [tuple(getattr(g, k) for k in toy.COMBINATION) for g in garments]
-    return sum(c in seen or toy.split_of(g) == "train" for c, g in zip(ours, garments, strict=True))
 
 
 class Cases:
@@ -216,12 +209,6 @@ def resampled(values: np.ndarray, asked: np.ndarray, times: int = 1000) -> dict[
         return figures | {"attributes": np.nansum(six, 0) / np.isfinite(six).sum(0)}
 
 
-def interval(figure: np.ndarray) -> list[float | None]:
-    """(1 + times,) -> the figure and the ends of its 95 % interval; None where nothing was asked."""
-    ends = [np.nan] * 2 if np.isnan(figure[0]) else np.nanpercentile(figure[1:], (2.5, 97.5))
-    return [None if np.isnan(x) else round(float(x), 4) + 0.0 for x in (figure[0], *ends)]
-
-
 def compare(rows: dict[str, Row], cases: Cases, condition: str) -> dict[str, dict]:
     """Rows by name -> {"rows": {name: figures}, "differences": the output less its ceiling, less its shuffled control}."""
     told = [judging.told(condition, *pair) for pair in zip(cases.garments, cases.texts, strict=True)]
@@ -254,15 +241,6 @@ def table(condition: str, result: dict) -> str:
             cells += [f"{figures['changed']:>10}", f"{figures['seconds']:>10.3f}"]
         lines.append(f"{name:<33}" + "".join(cells))
     return "\n".join(lines)
-
-
-def qformer_hash(model: UniFashion) -> str:
-    """sha256 of the Q-Former's names, shapes and values, in bfloat16: whatever dtype the model runs in, the same."""
-    h = hashlib.sha256()
-    for name, tensor in sorted(model.qformer.state_dict().items()):
-        values = tensor.cpu().bfloat16().contiguous().view(torch.int16).numpy()
-        h.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
-    return h.hexdigest()
 
 
 def save_sheet(cases: Cases, outputs: list[list[np.ndarray]], path: Path) -> None:

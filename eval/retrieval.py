@@ -14,36 +14,34 @@ Beside the model: its own scores with the texts given to other pictures, and cha
 """
 
 import argparse
-import json
-import os
-import shlex
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from eval.captioning import ATTRIBUTES, Said, draw, garments_of, resampled, shuffled, truth
-from eval.generation import interval, qformer_hash, seen_in_training
+from eval.captioning import draw
+from eval.embed import cut_texts, embed_pictures, embed_texts
 from eval.metrics.recall import ranks
-from unifashion import Parser, UserError, runs, training
-from unifashion.config import PRESETS
+from eval.report import (
+    about_run,
+    cell,
+    chance,
+    check_arguments,
+    common_arguments,
+    interval,
+    load,
+    resampled,
+    save_json,
+    shuffled,
+)
+from eval.truth import ATTRIBUTES, Said, distinct, garments_of, seen_in_training, truth
+from unifashion import Parser, UserError, training
 from unifashion.data import read_json, toy
 from unifashion.data.readers import READERS, in_toy
 from unifashion.data.texts import named
-from unifashion.data.toy import Garment
-from unifashion.model import UniFashion
-from unifashion.preprocess import qformer_image
-from unifashion.search import image_embeddings, text_embeddings, text_to_image
-from unifashion.tokenizers import WordPiece, blip_caption
-from weights.load import learned_file, load_unifashion, sha256, tokenizer
+from unifashion.search import text_to_image
 
 AT = (1, 5, 10)
 COLUMNS = tuple(f"{way} R@{k}" for way in ("text to image", "image to text") for k in AT)
@@ -51,19 +49,6 @@ PAPER = (71.41, 93.69, 97.47, 71.44, 93.79, 97.51, 87.55)  # Table 1, on Fashion
 
 
 # What is searched
-
-
-def look(g: Garment) -> Garment:
-    """Equal for garments that cannot be told apart: the second colour of a plain one is nowhere."""
-    return replace(g, second=g.colour) if g.pattern == "plain" else g
-
-
-def distinct(garments: list[Garment], samples: int) -> list[int]:
-    """Indices of the first garments, `samples` at most, of which none looks like another."""
-    first: dict[Garment, int] = {}
-    for i, g in enumerate(garments):
-        first.setdefault(look(g), i)
-    return list(first.values())[:samples]
 
 
 def true_pairs(said: list[Said], truths: list[Said]) -> Tensor:
@@ -75,54 +60,6 @@ def true_pairs(said: list[Said], truths: list[Said]) -> Tensor:
 
 
 # What the model says
-
-
-def batches(n: int, size: int, name: str, quiet: bool) -> list[range]:
-    """range(n) in pieces of `size`, with a progress bar."""
-    pieces = [range(start, min(start + size, n)) for start in range(0, n, size)]
-    return tqdm(pieces, desc=name, disable=quiet)
-
-
-@torch.no_grad()
-def embed_pictures(
-    model: UniFashion, open_: Callable[[int], Image.Image], n: int, batch: int, name: str, quiet: bool
-) -> Tensor:
-    """n pictures, opened a batch at a time -> (n,32,256), on the model's device."""
-    made = []
-    for piece in batches(n, batch, name, quiet):
-        made.append(image_embeddings(model, read_pictures(model, open_, piece)))
-    return checked(torch.cat(made))
-
-
-@torch.no_grad()
-def embed_texts(model: UniFashion, words: WordPiece, texts: list[str], batch: int) -> Tensor:
-    """-> (n,256), on the model's device."""
-    made = []
-    for piece in batches(len(texts), batch, "texts", quiet=True):
-        made.append(text_embeddings(model, *read_texts(model, words, [texts[i] for i in piece])))
-    return checked(torch.cat(made))
-
-
-def read_pictures(model: UniFashion, open_: Callable[[int], Image.Image], piece: Sequence[int]) -> Tensor:
-    side = model.cfg.vit.image_size[0]
-    return torch.stack([qformer_image(open_(i), side) for i in piece]).to(model.device)
-
-
-def read_texts(model: UniFashion, words: WordPiece, texts: list[str]) -> tuple[Tensor, Tensor]:
-    ids, mask = words.encode([blip_caption(text) for text in texts], model.cfg.qformer.max_text)
-    return ids.to(model.device), mask.to(model.device)
-
-
-def cut_texts(words: WordPiece, texts: list[str], most: int) -> int:
-    """How many of the texts the model does not read to their end."""
-    whole = [blip_caption(text, max_words=len(text)) for text in texts]
-    return sum(words.is_cut(w, most) or blip_caption(w) != w for w in whole)
-
-
-def checked(embeddings: Tensor) -> Tensor:
-    if not embeddings.isfinite().all():
-        raise UserError("the numbers overflow: a file of weights is damaged")
-    return embeddings
 
 
 # How it is judged
@@ -153,22 +90,7 @@ def shares(hits: np.ndarray) -> dict[str, list[float]]:
     return named_ | {"mean": interval(percent.mean(1))}
 
 
-def chance(right: Tensor, n: int, k: int) -> float:
-    """R@K in % of a random order of n candidates, `right` (b,) of them right for each query."""
-    missed = torch.ones(len(right), dtype=torch.float64)
-    for i in range(min(k, n)):
-        missed *= (n - right - i).clamp(min=0) / (n - i)
-    return 100 * (1 - missed.mean().item())
-
-
 # How it is told
-
-
-def cell(figure: Sequence[float]) -> str:
-    """A figure with its interval, or alone; nothing for none."""
-    if not figure:
-        return ""
-    return "{:.1f} [{:.1f}, {:.1f}]".format(*figure) if len(figure) == 3 else f"{figure[0]:.1f}"
 
 
 def table(style: str, n: int, figures: dict[str, dict[str, list[float]]]) -> str:
@@ -183,60 +105,6 @@ def table(style: str, n: int, figures: dict[str, dict[str, list[float]]]) -> str
         "protocol of the paper's: FashionGen, each query among 100 candidates. The two cannot be compared.",
     ]
     return "\n".join(lines)
-
-
-def save_json(report: dict, path: Path) -> None:
-    """The file is there whole or not at all."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(report, indent=1) + "\n")
-    new.replace(path)
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise UserError for what cannot be, before minutes of work."""
-    if args.batch_size < 1 or args.seed < 0:
-        raise UserError("--batch-size must be at least 1, --seed 0 or more")
-    if args.out and (args.out.is_dir() or not os.access(args.out.parent, os.W_OK)):
-        raise UserError(f"{args.out} cannot be written: --out wants a file in a folder that exists")
-
-
-def common_arguments(parser: Parser) -> None:
-    """The flags of all searches that are measured."""
-    add = parser.add_argument
-    add("--preset", choices=list(PRESETS), default="tiny", help="default %(default)s")
-    add("--weights", type=Path, help="folder of the weights (default: the preset's own)")
-    add("--batch-size", type=int, default=50, help="default %(default)s")
-    add("--seed", type=int, default=0, help="of what is drawn and shuffled (default %(default)s)")
-    add("--device", default="auto", help="auto | cpu | cuda")
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, else fp32")
-    add("--out", type=Path, metavar="JSON", help="write every figure here")
-    add("--quiet", action="store_true", help="no progress bars")
-
-
-def load(args: argparse.Namespace) -> tuple[UniFashion, WordPiece]:
-    training.fast_malloc()
-    device = training.pick_device(args.device)
-    dtype = training.compute_dtype(device, args.dtype)
-    words = tokenizer(args.preset, args.weights)
-    return load_unifashion(args.preset, args.weights, device, dtype, draws=False), words
-
-
-def about_run(
-    command: str, argv: list[str] | None, args: argparse.Namespace, model: UniFashion, began: float
-) -> dict:
-    """What a report says of how it came about."""
-    return {
-        "command": shlex.join(["python", "-m", command, *(sys.argv[1:] if argv is None else argv)]),
-        "commit": runs.git_commit(),
-        "preset": args.preset,
-        "seed": args.seed,
-        "dtype": "bf16" if model.dtype == torch.bfloat16 else "fp32",
-        "device": model.device.type,
-        "torch": torch.__version__,
-        "qformer sha256": qformer_hash(model),
-        "model sha256": sha256(learned_file(args.preset, args.weights)),
-        "seconds": round(time.perf_counter() - began, 1),
-    }
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

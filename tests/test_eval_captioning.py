@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 
 import unifashion.caption
 from eval import captioning, generation
-from eval.captioning import ATTRIBUTES, READERS, WRITERS, Case, count, draw, judge, shares, shuffled, truth
+from eval.captioning import READERS, WRITERS, Case, count, draw, judge, shares
+from eval.report import shuffled
+from eval.truth import ATTRIBUTES, truth
 from tests.goldens import GOLDEN
 from tests.parity import randomise
 from tests.rooms import ROOT, SMALL

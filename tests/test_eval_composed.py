@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from eval import composed
-from eval.captioning import shuffled
 from eval.composed import (
     COMPOSED,
     EMPTY,
@@ -28,8 +27,8 @@ from eval.composed import (
     captions_of,
     judge,
 )
-from eval.generation import qformer_hash
-from eval.retrieval import look
+from eval.report import qformer_hash, shuffled
+from eval.truth import look
 from tests.rooms import SMALL, write_weights
 from tests.worlds import world_of
 from unifashion import UserError

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from eval import generation, judge
-from eval.generation import CONDITIONS, Cases, Row, Setting, compare, interval, measure, resampled, try_on
+from eval.generation import CONDITIONS, Cases, Row, Setting, compare, measure, resampled, try_on
 from eval.judge import ATTRIBUTES, COLUMNS, score, told
+from eval.report import interval
 from tests.parity import randomise
 from tests.worlds import world_of
 from unifashion import UserError, feed, objectives, runs

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from eval import retrieval
-from eval.captioning import draw, garments_of, truth
-from eval.generation import qformer_hash
-from eval.retrieval import COLUMNS, chance, distinct, embed_pictures, embed_texts, judge, look, true_pairs
+from eval import report, retrieval
+from eval.captioning import draw
+from eval.embed import embed_pictures, embed_texts
+from eval.report import chance, qformer_hash
+from eval.retrieval import COLUMNS, judge, true_pairs
+from eval.truth import distinct, garments_of, look, truth
 from tests.rooms import ROOT, SMALL, write_weights
 from tests.worlds import world_of
 from unifashion import UserError
@@ -233,7 +235,7 @@ def test_garments_that_training_saw_are_no_test(command, monkeypatch):
      "--device tpu", "--split train"],
 )  # fmt: skip
 def test_wrong_input_is_refused_before_any_work(command, flags, monkeypatch):
-    monkeypatch.setattr(retrieval, "load_unifashion", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr(report, "load_unifashion", lambda *_, **__: pytest.fail("work was begun"))
     with pytest.raises(UserError):
         command(*flags.split())
 

@@ -14,6 +14,7 @@ def plant(patch: pytest.MonkeyPatch, module: ModuleType, target: str, old: str, 
     source = Path(module.__file__).read_text()
     assert source.count(old) == 1, f"{module.__name__} has {source.count(old)} times: {old}"
     wrong = ModuleType(module.__name__)
+    wrong.__file__ = module.__file__
     exec(compile(source.replace(old, new), module.__file__, "exec"), wrong.__dict__)
     place, made = module, wrong
     *path, name = target.split(".")

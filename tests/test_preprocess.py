@@ -83,7 +83,7 @@ FAULTS = {
     "a mask cut at 127": ("_binary", "level >= 128", "level > 126"),
     "an antialiased latent mask": ("latent_mask", 'size, mode="bilinear"', 'size, antialias=True, mode="bilinear"'),
     "white padding": ("qformer_image", "fill=(fill, fill, fill)", "fill=(255, 255, 255)"),
-    "bilinear for bicubic": ("qformer_image", "size * side // short for side in image.size), Image.Resampling.BICUBIC",
+    "bilinear for bicubic": ("_middle", "size * side // short for side in image.size), Image.Resampling.BICUBIC",
                              "size * side // short for side in image.size), Image.Resampling.BILINEAR"),
     "the green mean for the red": ("CLIP_MEAN", "0.48145466, 0.4578275", "0.4578275, 0.48145466"),
 }  # fmt: skip

@@ -93,11 +93,29 @@ def qformer_image(image: Image.Image, size: int = 224, ratio: float = 1.0, fill:
         # Truncated to whole pixels on both sides, as the official code does: up to 2 pixels short of the ratio.
         x, y = (int(max((long / ratio - side) / 2, 0)) for side in image.size)
         image = ImageOps.expand(image, (x, y, x, y), fill=(fill, fill, fill))
+    return _middle(image, size)
+
+
+def _middle(image: Image.Image, size: int) -> Tensor:
     short = min(image.size)
     image = image.resize(tuple(size * side // short for side in image.size), Image.Resampling.BICUBIC)
     left, top = (round((side - size) / 2) for side in image.size)
     image = image.crop((left, top, left + size, top + size))
     return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - CLIP_MEAN) / CLIP_STD
+
+
+# What CLIP's own image tower reads
+
+
+def clip_image(image: Image.Image, size: int = 224) -> Tensor:
+    """RGB image -> (3,size,size) float32, normalised with CLIP's mean and standard deviation, as OpenAI's `preprocess` does it.
+
+    The short side is resized to `size` (bicubic) and the middle cut out: the ends of a tall picture are not seen. Raises
+    UserError for a strip so long and thin that the resized one would be enormous.
+    """
+    if size**2 * max(image.size) > MAX_PIXELS * min(image.size):
+        raise UserError(f"a picture of {image.width}x{image.height} pixels is too long and thin")
+    return _middle(image, size)
 
 
 # What the U-Net side reads (StableVITON's dataset.py)

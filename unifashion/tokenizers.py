@@ -2,11 +2,17 @@
 
 WordPiece is what the Q-Former reads: BERT's uncased tokenizer, written out. SentencePiece is what the LLM reads and
 writes: Llama's tokenizer, on top of the package `sentencepiece`. `prompt` and `answer_ids` are the LLM's chat template.
+CLIP's own BPE is what its text tower reads.
 """
 
+import gzip
+import html
 import re
 import string
+import sys
 import unicodedata
+import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -33,6 +39,20 @@ CJK = [
 # A tokenizer.model is a protobuf message, to which a field may be appended: the last one counts. These four bytes say
 # normalizer_spec.add_dummy_prefix = false.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
+
+# What ftfy replaces, whatever stands around it: curly quotes; ligatures, and letters as wide or as narrow as a Chinese one.
+QUOTES = str.maketrans(dict.fromkeys("ʼ‘’‚‛", "'") | dict.fromkeys("“”„‟", '"'))
+COMPATIBLE = re.compile("[ĲĳŉǄ-ǌǱ-ǳ\u3000\ufb00-\ufb06\uff01-\uffef]")
+CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
+# Bytes as Windows-1252 reads them, and as Latin-1 does, which has controls at 0x80 to 0x9f where that has quotes.
+WINDOWS = {bytes([byte]).decode("cp1252", "ignore") or chr(byte): byte for byte in range(0x80, 0x100)}
+LATIN = {chr(byte): byte for byte in range(0x80, 0x100)}
+LATIN_CONTROLS = {byte: letter for letter, byte in WINDOWS.items() if byte < 0xA0}
+# UTF-8 that was read as one of the two: Ã© for é, â€™ for a quote (twelve texts of MGD's), ðŸ˜€ for a smile.
+FOLLOWS = f"[{''.join(letter for letter, byte in (WINDOWS | LATIN).items() if byte < 0xC0)}]"
+MOJIBAKE = re.compile(f"[ÂÃ]{FOLLOWS}|â{FOLLOWS}{{2}}|ð{FOLLOWS}{{3}}")
 
 INSTRUCTIONS = {  # Table 7, word for word
     "fashion200k": "Short description.",
@@ -170,6 +190,69 @@ class SentencePiece:
         return self.first.decode([i for i in ids if i not in self.specials.values()])
 
 
+class CLIPTokenizer:
+    """CLIP's tokenizer (arXiv 2103.00020): lower-case BPE on the bytes of each word, whose last piece ends in </w>.
+
+    `path` is OpenAI's `bpe_simple_vocab_16e6.txt.gz` or Hugging Face's `merges.txt`: a line of title, then a pair of pieces
+    a line, in the order in which they are merged. The ids are those of the 256 bytes, the bytes that end a word, the merged
+    pieces, <|startoftext|> and <|endoftext|>; lines beyond `vocab_size` ids are not used. Raises UserError for a file that
+    cannot be read, is cut short, merges what is no piece yet, or makes a piece twice.
+    """
+
+    def __init__(self, path: Path, vocab_size: int = 49408):
+        byte_pieces = list(_byte_letters().values())
+        pieces = [*byte_pieces, *(piece + "</w>" for piece in byte_pieces)]
+        pairs = _read_merges(path, vocab_size - len(pieces) - 2)
+        known = set(pieces)
+        for line, (left, right) in enumerate(pairs, start=2):
+            if left not in known or right not in known or left + right in known:
+                raise UserError(
+                    f"{path} is damaged: line {line}, {left} {right}, does not fit those before it"
+                )
+            known.add(left + right)
+            pieces.append(left + right)
+        self.ids = {piece: i for i, piece in enumerate([*pieces, START, END])}
+        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
+        self.word = _word_pattern()
+        self.pieces = lru_cache(maxsize=2**16)(self._pieces)  # words come again
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Pieces of `text` without start and end, which stand for themselves where they are written in the text."""
+        words = self.word.findall(clip_clean(text))
+        return [piece for word in words for piece in self.pieces(word)]
+
+    def encode(self, texts: list[str], max_length: int = 77) -> Tensor:
+        """-> ids (b,max_length) int64: start, pieces, end, then zeros. A longer text loses its last pieces and keeps the end."""
+        ids = torch.zeros(len(texts), max_length, dtype=torch.int64)
+        for row, text in enumerate(texts):
+            tokens = [START, *self.tokenize(text)[: max_length - 2], END]
+            ids[row, : len(tokens)] = torch.tensor([self.ids[token] for token in tokens])
+        return ids
+
+    def _pieces(self, word: str) -> list[str]:
+        """Merge neighbours, the pair that was learned first before all others, until no two of them are a known pair."""
+        if word in (START, END):
+            return [word]
+        letters = _byte_letters()
+        pieces = [letters[byte] for byte in word.encode("utf-8")]
+        pieces[-1] += "</w>"
+        unknown = len(self.ranks)
+        while len(pieces) > 1:
+            pair = min(zip(pieces, pieces[1:], strict=False), key=lambda pair: self.ranks.get(pair, unknown))
+            if pair not in self.ranks:
+                break
+            merged, i = [], 0
+            while i < len(pieces):
+                together = tuple(pieces[i : i + 2]) == pair
+                merged.append("".join(pair) if together else pieces[i])
+                i += 1 + together
+            pieces = merged
+        return pieces
+
+
 def prompt(tokenizer: SentencePiece, style: str) -> tuple[list[int], list[int]]:
     """Ids before and after the soft prompt in "USER: <Img>(soft prompt)</Img>(instruction) Assistant:" (section 3.3).
 
@@ -229,6 +312,71 @@ def blip_caption(text: str, max_words: int = 50) -> str:
     text = re.sub(r'[.!"()*#:;~]', " ", text.lower())
     text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:max_words])
+
+
+def clip_clean(text: str) -> str:
+    """
+    The cleaning CLIP gives a text before its BPE: broken Unicode mended, HTML entities read, white space one space, lower case.
+
+    OpenAI mends with the package ftfy. Here is what it does to captions: entities; UTF-8 read as Windows-1252 or Latin-1, in
+    the sequences that are hardly ever meant (Ã©, â€™); Windows' quotes read as Latin-1; curly quotes; ligatures and wide
+    letters; lone surrogates; control characters; NFC. Not done: other letters than those of Western Europe, punctuation and
+    emoji read in a wrong code, a text damaged besides, entities in capitals, the escape sequences of terminals.
+    """
+    if "<" not in text:  # otherwise ftfy takes it for HTML, whose entities are meant
+        text = html.unescape(text)
+    text = MOJIBAKE.sub(_as_utf8, text).translate(LATIN_CONTROLS)
+    text = COMPATIBLE.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text).translate(QUOTES)
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = unicodedata.normalize("NFC", CONTROLS.sub("", text))
+    text = html.unescape(html.unescape(text))
+    return " ".join(text.split()).lower()
+
+
+def _as_utf8(found: re.Match) -> str:
+    try:
+        return bytes((WINDOWS | LATIN)[c] for c in found[0]).decode("utf-8")
+    except UnicodeDecodeError:  # an overlong form
+        return found[0]
+
+
+@lru_cache(maxsize=1)
+def _byte_letters() -> dict[int, str]:
+    """GPT-2's printable letter for every byte: Latin-1's own where it has a visible one, then U+0100 and on. In order of ids."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+
+
+@lru_cache(maxsize=1)
+def _word_pattern() -> re.Pattern:
+    r"""CLIP's words: special tokens, English endings, runs of letters (\p{L}), single digits (\p{N}), runs of other marks."""
+    # To Python's \d, ½ and Ⅳ are no digits, and to its \w they belong to words.
+    digits = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "N")
+    specials = "|".join(map(re.escape, (START, END)))
+    rules = rf"{specials}|'(?:s|t|re|ve|m|ll|d)|[^\W_{digits}]+|[{digits}]|(?:[^\s\w]|_)+"
+    return re.compile(rules, re.IGNORECASE)
+
+
+def _read_merges(path: Path, count: int) -> list[tuple[str, str]]:
+    """The first `count` pairs of a file of merges, packed or not."""
+    try:
+        data = Path(path).read_bytes()
+        lines = (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8").split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the vocabulary {path}: {error}") from error
+    if "#version" not in lines[0]:
+        raise UserError(f"{path} is not CLIP's vocabulary: it starts with no line of title (#version: ...)")
+    pairs = [tuple(line.split(" ")) for line in lines[1 : 1 + count]]
+    if wrong := [line for line, pair in enumerate(pairs, start=2) if len(pair) != 2]:
+        cut = wrong[0] == len(lines)  # what is behind the last line's end
+        fault = (
+            f"cut short: {count} pairs wanted" if cut else f"damaged: line {wrong[0]} is no pair of pieces"
+        )
+        raise UserError(f"{path} is {fault}")
+    if len(pairs) < count:
+        raise UserError(f"{path} is cut short: {len(pairs)} pairs, wanted {count}")
+    return pairs
 
 
 def _is_punctuation(c: str) -> bool:

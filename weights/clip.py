@@ -1,0 +1,142 @@
+"""CLIP in Hugging Face's layout, or in OpenAI's and open_clip's -> `unifashion.clip.CLIP`."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unifashion import UserError
+from unifashion.clip import CLIP, L14, CLIPConfig
+from unifashion.tokenizers import CLIPTokenizer
+from weights.rename import Table, load_into, read_checkpoint, under
+
+FOLDER = Path(__file__).parent / "files" / "clip-vit-large-patch14"
+HUB = "https://huggingface.co/openai/clip-vit-large-patch14"
+
+# fmt: off
+HF_BLOCK: Table = {
+    # original               ours
+    "layer_norm1.*":         "norm1.*",
+    "self_attn.q_proj.*":    "attn.q.*",
+    "self_attn.k_proj.*":    "attn.k.*",
+    "self_attn.v_proj.*":    "attn.v.*",
+    "self_attn.out_proj.*":  "attn.out.*",
+    "layer_norm2.*":         "norm2.*",
+    "mlp.fc1.*":             "mlp.fc1.*",
+    "mlp.fc2.*":             "mlp.fc2.*",
+}
+
+HF_IMAGE: Table = {  # of an `ImageTower`
+    "embeddings.class_embedding":            "cls_token",
+    "embeddings.patch_embedding.*":          "patch_embed.*",
+    "embeddings.position_embedding.weight":  "pos_embed",
+    "pre_layrnorm.*":                        "norm_pre.*",  # their spelling
+    **under("encoder.layers.#.",             "blocks.#.", HF_BLOCK),
+    "post_layernorm.*":                      "norm_post.*",
+    "embeddings.position_ids":               None,  # 0, 1, 2, ... as a tensor
+}
+
+HF_TEXT: Table = {  # of a `TextTower`
+    "embeddings.token_embedding.*":          "word_embeddings.*",
+    "embeddings.position_embedding.weight":  "pos_embed",
+    **under("encoder.layers.#.",             "blocks.#.", HF_BLOCK),
+    "final_layer_norm.*":                    "norm.*",
+    "embeddings.position_ids":               None,
+}
+
+HF: Table = {
+    **under("vision_model.",     "image.", HF_IMAGE),
+    **under("text_model.",       "text.", HF_TEXT),
+    "visual_projection.weight":  "image_proj.weight",
+    "text_projection.weight":    "text_proj.weight",
+    "logit_scale":               "logit_scale",
+}
+
+OPENAI_BLOCK: Table = {  # as `unfused` leaves it
+    "ln_1.*":             "norm1.*",
+    "attn.q.*":           "attn.q.*",
+    "attn.k.*":           "attn.k.*",
+    "attn.v.*":           "attn.v.*",
+    "attn.out_proj.*":    "attn.out.*",
+    "ln_2.*":             "norm2.*",
+    "mlp.c_fc.*":         "mlp.fc1.*",
+    "mlp.c_proj.*":       "mlp.fc2.*",
+}
+
+OPENAI: Table = {
+    "visual.class_embedding":                      "image.cls_token",
+    "visual.conv1.*":                              "image.patch_embed.*",
+    "visual.positional_embedding":                 "image.pos_embed",
+    "visual.ln_pre.*":                             "image.norm_pre.*",
+    **under("visual.transformer.resblocks.#.",     "image.blocks.#.", OPENAI_BLOCK),
+    "visual.ln_post.*":                            "image.norm_post.*",
+    "visual.proj.T":                               "image_proj.weight",
+    "token_embedding.*":                           "text.word_embeddings.*",
+    "positional_embedding":                        "text.pos_embed",
+    **under("transformer.resblocks.#.",            "text.blocks.#.", OPENAI_BLOCK),
+    "ln_final.*":                                  "text.norm.*",
+    "text_projection.T":                           "text_proj.weight",
+    "logit_scale":                                 "logit_scale",
+    "input_resolution":                            None,  # numbers beside the tensors, in OpenAI's own archive
+    "context_length":                              None,
+    "vocab_size":                                  None,
+}
+# fmt: on
+
+# The first that is there. OpenAI's own .pt are TorchScript, programs, and not opened: the same numbers are in these.
+LAYOUTS = {
+    "model.safetensors": HF,
+    "open_clip_model.safetensors": OPENAI,
+    "open_clip_pytorch_model.bin": OPENAI,
+}
+# The same merges, in Hugging Face's edition and in OpenAI's.
+WORDS = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
+
+
+def unfused(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    """OpenAI's tensors with in_proj as q, k and v, and with proj.T for the two projections, which they apply from the right.
+
+    Views: nothing is copied. Hugging Face's stay as they are. Raises UserError for what does not divide into three.
+    """
+    tensors = {}
+    for name, tensor in checkpoint.items():
+        if ".attn.in_proj_" in name:
+            if not tensor.ndim or len(tensor) % 3:
+                raise UserError(f"{name}: shape {tuple(tensor.shape)} does not divide into q, k and v")
+            for part, third in zip("qkv", tensor.chunk(3), strict=True):
+                tensors[name.replace("in_proj_", f"{part}.")] = third
+        elif name in ("visual.proj", "text_projection"):
+            tensors[f"{name}.T"] = tensor.T
+        else:
+            tensors[name] = tensor
+    return tensors
+
+
+def load_clip(
+    folder: Path = FOLDER,
+    cfg: CLIPConfig = L14,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[CLIP, CLIPTokenizer]:
+    """Both towers, frozen, and their tokenizer. Raises UserError, which says where to get it, for what is missing or damaged."""
+    path, words = _wanted(folder, tuple(LAYOUTS)), _wanted(folder, WORDS)
+    tokenizer = CLIPTokenizer(words, cfg.text.vocab_size)
+    with torch.device("meta"):
+        model = CLIP(cfg)
+    try:  # no name for the checkpoint: load_into frees it tensor by tensor
+        load_into(model, unfused(read_checkpoint(path)), LAYOUTS[path.name], dtype=dtype, device=device)
+    except UserError as error:
+        told = str(error)
+        raise UserError(
+            told if told.startswith(str(path)) else f"{path} is not the CLIP that was expected: {told}"
+        ) from None
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _wanted(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(
+        f"{folder / names[0]} is missing: get model.safetensors and merges.txt from {HUB} into {folder}"
+    )

@@ -1,0 +1,346 @@
+"""The paper in miniature: its Tables 1 to 5 on ToyFashion, every row trained from nothing, with three seeds.
+
+    python -m eval.miniature --data toy                    runs what is missing, then tells: hours, but it can be stopped at any time
+    python -m eval.miniature --data toy --jobs 0           only tells what there is
+
+For each seed everything is trained anew, with the tiny preset's rates and batches and fewer steps (`STEPS`), but for the frozen
+ViT, VAE and LLM of weights/tiny:
+
+    align -> caption -> generate                           phase 1
+             annotate                                      captions by that captioner, from pictures alone: of the targets of
+                                                           training, and of all pictures that composed search is measured on
+             base | llm | llm-cap | diff                   phase 2 four times, from the same phase 1: Table 5's rows (`VARIANTS`)
+             each, and phase 1 alone, measured by eval.retrieval, eval.composed, eval.captioning; the last by eval.generation
+
+Every variant takes the same number of steps of each task that it has, so those with more tasks train longer: as in the paper,
+a new objective comes on top. What is measured is the last step: nothing is chosen, so nothing can be chosen on the reported
+split. RUN/jobs.jsonl tells what each job took; jobs that are done are not done again, and a job that was killed goes on.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import infer
+import train_phase1
+import train_phase2
+from eval import captioning, composed, generation, retrieval, speed
+from eval import miniature_tables as tables
+from unifashion import Parser, UserError, training
+from unifashion.data import read_json, toy
+from unifashion.data.fashioniq import CATEGORIES
+from unifashion.data.readers import in_toy
+from weights.load import FOLDERS, LEARNED
+
+SEEDS = (0, 1, 2)
+STEPS = {"align": 1000, "caption": 1000, "generate": 1000}  # phase 1
+TASK_STEPS = {"retrieval": 200, "cir": 600, "caption": 400, "tryon": 900}  # phase 2
+EVALUATIONS = ("retrieval", "composed", "captioning", "generation")
+EVALUATE = 300  # steps between checkpoints
+TRIPLETS = 3  # one in so many of ToyFashion's training triplets
+VARIANTS = {  # the rows of Table 5: tasks, and what Eq. 13 is left without
+    "base": (("retrieval", "cir"), "itg,q2i,caption"),
+    "llm": (("retrieval", "cir", "caption"), "q2i,caption"),
+    "llm-cap": (("retrieval", "cir", "caption"), "q2i"),
+    "diff": (("retrieval", "cir", "caption", "tryon"), ""),
+}
+
+
+# What is done
+
+
+def jobs_of(seed: int) -> dict[str, list[str]]:
+    """{job: those that must be done before}"""
+    s = f"seed{seed}"
+    jobs = {f"{s}/align": [], f"{s}/caption": [f"{s}/align"]}
+    jobs |= {f"{s}/generate": [f"{s}/caption"], f"{s}/annotate": [f"{s}/caption"]}
+    jobs |= {f"{s}/{name}": [f"{s}/generate", f"{s}/annotate"] for name in VARIANTS}
+    measured = {f"{s}/{name}/measure": [f"{s}/{name}", f"{s}/annotate"] for name in ("generate", *VARIANTS)}
+    return jobs | measured
+
+
+def do(job: str, args: argparse.Namespace) -> None:
+    """One job, in this process."""
+    seed, name, *measure = job.split("/")
+    home = args.out / seed
+    if measure:
+        measure(home / name, home, args)
+    elif name == "annotate":
+        annotate(home, args)
+    elif name in STEPS:
+        phase1(name, home, args)
+    else:
+        phase2(name, home, args)
+
+
+def phase1(stage: str, home: Path, args: argparse.Namespace) -> None:
+    before = {"align": None, "caption": "align", "generate": "caption"}[stage]
+    flags = ["--stage", stage, "--steps", str(STEPS[stage]), "--data", *texts_of(args.world)]
+    flags += ["--init", str(home / before)] if before else []
+    train_phase1.main([*flags, *common_flags(home, stage, args)])
+    check_ended(home / stage)
+
+
+def phase2(variant: str, home: Path, args: argparse.Namespace) -> None:
+    tasks, without = VARIANTS[variant]
+    for task, steps in TASK_STEPS.items():
+        train_phase2.DEFAULTS["tiny"][task]["steps"] = steps
+    data = [*texts_of(args.world), f"fashioniq={home / 'fashioniq'}"]
+    data += [f"mgd={in_toy(args.world, 'mgd')}"] if "tryon" in tasks else []
+    flags = ["--task", *tasks, "--data", *data, "--init", str(home / "generate")]
+    flags += ["--without", without] if without else []
+    train_phase2.main([*flags, *common_flags(home, variant, args)])
+    check_ended(home / variant)
+
+
+def check_ended(run: Path) -> None:
+    """Raise UserError for a run that was stopped: it is not done, and goes on the next time."""
+    step, steps = (read_json(run / f)[k] for f, k in (("last/state.json", "step"), ("config.json", "steps")))
+    if step < steps:
+        raise UserError(
+            f"{run} was stopped after {step} of {steps} steps: say the command again, and it goes on"
+        )
+
+
+def texts_of(world: Path) -> list[str]:
+    return [f"{name}={in_toy(world, name)}" for name in ("fashiongen", "fashioniq-cap")]
+
+
+def common_flags(home: Path, run: str, args: argparse.Namespace) -> list[str]:
+    flags = ["--preset", "tiny", "--out", str(home / run), "--seed", home.name.removeprefix("seed")]
+    flags += ["--device", args.device, "--dtype", args.dtype, "--cache", "--workers", "0"]
+    flags += ["--eval-every", str(EVALUATE)]
+    return flags + ["--resume"] * (home / run / "config.json").is_file()
+
+
+def annotate(home: Path, args: argparse.Namespace) -> None:
+    """A Fashion-IQ of our own: some of ToyFashion's triplets, with captions of their targets by this seed's captioner."""
+    weights = weights_of(home / "caption")
+    source, ours = in_toy(args.world, "fashioniq").resolve(), home / "fashioniq"
+    (ours / "captions").mkdir(parents=True, exist_ok=True)
+    targets = set()
+    for category in CATEGORIES:
+        name = f"captions/cap.{category}.train.json"
+        rows = read_json(source / name)[::TRIPLETS]
+        (ours / name).write_text(json.dumps(rows))
+        targets |= {row["target"] for row in rows}
+    for name in ("images", "image_splits"):
+        if not (ours / name).exists():
+            (ours / name).symlink_to(source / name)
+    pictures = {path.stem: path for path in (source / "images").iterdir()}
+    searched = (in_toy(args.search, "fashioniq") / "images").resolve()
+    flags = ["--style", "fashioniq-cap", "--preset", "tiny", "--weights", str(weights)]
+    flags += ["--device", args.device, "--dtype", args.dtype]
+    for out, folder, files in (
+        (ours / "captions.jsonl", home / "targets", sorted(pictures[t] for t in targets)),
+        (home / "searched.jsonl", home / "searched", sorted(searched.iterdir())),
+    ):
+        folder.mkdir(exist_ok=True)
+        for file in files:
+            if not (folder / file.name).exists():
+                (folder / file.name).symlink_to(file)
+        if infer.main(["caption", *flags, "--image", str(folder), "--out", str(out)]):
+            raise UserError(f"{out} could not be written")
+
+
+def weights_of(run: Path) -> Path:
+    """A folder of weights with the run's last step in it, and what it was trained beside."""
+    folder = run / "weights"
+    folder.mkdir(exist_ok=True)
+    files = [f for f in FOLDERS["tiny"].iterdir() if f.suffix in (".safetensors", ".model", ".txt")]
+    learned = LEARNED["tiny"]
+    for file in [f for f in files if f.name != learned] + [run.resolve() / "last" / learned]:
+        if not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
+def measure(run: Path, home: Path, args: argparse.Namespace) -> None:
+    """RUN/retrieval.json, composed.json, captioning.json, and where it was trained to draw generation.json: what is not there."""
+    common = ["--weights", str(weights_of(run)), "--device", args.device, "--quiet"]
+    searched, drawn = ["--data", f"toy={args.search}"], ["--data", f"toy={args.world}"]
+    evaluations = {
+        "retrieval": (retrieval.main, searched),
+        "composed": (composed.main, [*searched, "--captions", str(home / "searched.jsonl")]),
+        "captioning": (captioning.main, [*drawn, "--styles", "fashiongen"]),
+    }
+    if "tryon" in VARIANTS.get(run.name, ((),))[0]:
+        flags = [
+            "--samples",
+            "200",
+            "--sampler",
+            "dpm++",
+            "--steps",
+            "10",
+            "--judge",
+            str(args.out / "judge"),
+        ]
+        evaluations["generation"] = (generation.main, [*drawn, *flags, "--sheet", str(run / "drawn.png")])
+    for name, (main_of, flags) in evaluations.items():
+        out = run / f"{name}.json"
+        if not out.is_file():
+            main_of([*flags, *common, "--out", str(out)])
+
+
+# How it is done
+
+
+def carry_out(args: argparse.Namespace) -> None:
+    """All jobs that are not done, `args.jobs` at a time, each in a process of its own, on a CPU pinned to its own cores."""
+    waiting = {job: needs for seed in args.seeds for job, needs in jobs_of(seed).items()}
+    done = {job for job in waiting if is_done(args.out, job)}
+    waiting = {job: needs for job, needs in waiting.items() if job not in done}
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    share = max(1, len(cores) // args.jobs)
+    places = [cores[i * share : (i + 1) * share] for i in range(args.jobs)]
+    running: dict[str, tuple[subprocess.Popen, list[int], float]] = {}
+    bar = tqdm(total=len(done) + len(waiting), initial=len(done), desc="jobs", unit="job", disable=args.quiet)
+    try:
+        while waiting or running:
+            free = [place for place in places if place not in [place for _, place, _ in running.values()]]
+            ready = [job for job, needs in waiting.items() if done.issuperset(needs)]
+            for job, place in zip(ready, free, strict=False):
+                del waiting[job]
+                running[job] = (start(job, place, args), place, time.time())
+            bar.set_postfix_str(", ".join(running))
+            time.sleep(1)
+            for job, (process, place, began) in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    note(args.out, job, process.returncode, time.time() - began, len(place))
+                    if process.returncode:
+                        raise UserError(f"{job} failed: {log_of(args.out, job)} tells why")
+                    done.add(job)
+                    bar.update()
+    finally:
+        bar.close()
+        for job, (process, place, began) in running.items():  # they save what they have, and end
+            process.terminate()
+            process.wait()
+            note(args.out, job, process.returncode, time.time() - began, len(place))
+
+
+def start(job: str, place: list[int], args: argparse.Namespace) -> subprocess.Popen:
+    log = log_of(args.out, job)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    flags = [
+        "--data",
+        f"toy={args.world}",
+        "--search",
+        str(args.search),
+        "--out",
+        str(args.out),
+        "--job",
+        job,
+    ]
+    flags += ["--device", args.device, "--dtype", args.dtype]
+    command = [sys.executable, "-m", "eval.miniature", *flags]
+    with open(log, "a") as file:
+        env = os.environ | ({"OMP_NUM_THREADS": str(len(place))} if args.device != "cuda" else {})
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=env)
+    if place and args.device != "cuda":
+        os.sched_setaffinity(process.pid, place)
+    return process
+
+
+def log_of(out: Path, job: str) -> Path:
+    return out / f"{job}.log"
+
+
+def note(out: Path, job: str, code: int, seconds: float, cores: int) -> None:
+    with open(out / "jobs.jsonl", "a") as file:
+        row = {"job": job, "code": code, "seconds": round(seconds), "cores": cores}
+        file.write(json.dumps(row) + "\n")
+
+
+def is_done(out: Path, job: str) -> bool:
+    return any(row["job"] == job and row["code"] == 0 for row in noted(out))
+
+
+def noted(out: Path) -> list[dict]:
+    file = out / "jobs.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+# How it is told
+
+
+def results_of(out: Path, seeds: Sequence[int]) -> tables.Results:
+    """{seed: {run: {evaluation: its JSON}}}, of what is there"""
+    found: tables.Results = {}
+    for seed in seeds:
+        for run in ("generate", *VARIANTS):
+            files = sorted((out / f"seed{seed}" / run).glob("*.json"))
+            of = {file.stem: read_json(file) for file in files if file.stem in EVALUATIONS}
+            if of:
+                found.setdefault(seed, {})[run] = of
+    return found
+
+
+def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
+    """What a reader must know of how the figures came about."""
+    took = [row for row in noted(args.out) if int(row["job"].split("/")[0].removeprefix("seed")) in results]
+    hours = sum(row["seconds"] * max(1, row["cores"]) for row in took) / 3600
+    device = training.pick_device(args.device)
+    commits = sorted({of["commit"] for r in results.values() for e in r.values() for of in e.values()})
+    return {
+        "command": f"`python -m eval.miniature --data toy --dtype {args.dtype}`",
+        "commit": ", ".join(commits),
+        "machine": speed.machine(device, training.compute_dtype(device, args.dtype)),
+        "time": f"{hours:.1f} hours of one core, in {len({row['job'] for row in took})} jobs",
+        "seeds": ", ".join(map(str, results)),
+        "steps": ", ".join(f"{k} {v}" for k, v in {**STEPS, **TASK_STEPS}.items()),
+    }
+
+
+def save_text(text: str, path: Path) -> None:
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text)
+    new.replace(path)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--data", required=True, metavar="toy[=PATH]", help="ToyFashion, to train on and to draw for")
+    add("--search", type=Path, default=Path("data/toy-search"), help="ToyFashion to search in (%(default)s)")
+    add("--out", type=Path, default=Path("runs/miniature"), help="default %(default)s")
+    add("--seeds", type=int, nargs="+", default=SEEDS, help="default 0 1 2")
+    add("--jobs", type=int, default=2, help="at a time; 0: none, only tell (default %(default)s)")
+    add("--job", help=argparse.SUPPRESS)
+    add("--device", default="auto", help="auto | cpu | cuda")
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, else fp32")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    args.world = training.toy_folder(training.name_and_path(args.data, ("toy",))[1])
+    if not args.search.exists():
+        toy.ensure(args.search, seed=1, train=0, val=0, test=2000)
+    args.search = training.toy_folder(args.search)
+    if args.job:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+        return do(args.job, args)
+    if args.jobs:
+        args.out.mkdir(parents=True, exist_ok=True)
+        carry_out(args)
+    results = results_of(args.out, args.seeds)
+    if not results:
+        raise UserError(f"{args.out} holds no results: leave --jobs out")
+    report = tables.report(results, about(args, results))
+    print(report)
+    save_text(report, args.out / "miniature.md")
+
+
+if __name__ == "__main__":
+    training.run(main)

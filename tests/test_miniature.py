@@ -1,0 +1,177 @@
+"""The miniature's order of work, what a stop or a kill leaves of it, and what its tables and claims say of known figures."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+
+from eval import miniature
+from eval import miniature_tables as tables
+from train_phase2 import PARTS, TASKS
+from unifashion import UserError
+
+
+def namespace(out, jobs=2, seeds=(0,)):
+    return Namespace(
+        out=out, jobs=jobs, seeds=seeds, quiet=True, device="cpu", dtype="fp32", world="w", search="s"
+    )
+
+
+def test_the_variants_are_table_5s():
+    """Each row has what the row above has, and one thing more; a part of Eq. 13 that is in, is in to the end."""
+    tasks, without = zip(*miniature.VARIANTS.values(), strict=True)
+    assert [set(t) for t in tasks] == [
+        {"retrieval", "cir"}, {"retrieval", "cir", "caption"}, {"retrieval", "cir", "caption"}, set(TASKS)
+    ]  # fmt: skip
+    left_out = [set(filter(None, w.split(","))) for w in without]
+    assert left_out == [set(PARTS), {"q2i", "caption"}, {"q2i"}, set()]
+
+
+def test_every_job_comes_after_what_it_needs():
+    jobs = miniature.jobs_of(1)
+    order = list(jobs)
+    assert all(order.index(need) < order.index(job) for job, needs in jobs.items() for need in needs)
+    assert jobs["seed1/diff/measure"] == ["seed1/diff", "seed1/annotate"]
+    assert not set(jobs) & set(miniature.jobs_of(2))  # seeds share nothing
+
+
+def carried_out(tmp_path, monkeypatch, program="", **settings):
+    """All jobs as processes that write their name to a file after running `program`."""
+    log = tmp_path / "order"
+
+    def start(job, place, args):
+        code = f"job={job!r}\n{program}\nopen({str(log)!r},'a').write(job+chr(10))"
+        return subprocess.Popen([sys.executable, "-c", code])
+
+    monkeypatch.setattr(miniature, "start", start)
+    monkeypatch.setattr(miniature.time, "sleep", lambda _: None)
+    miniature.carry_out(namespace(tmp_path, **settings))
+    return log.read_text().split()
+
+
+def test_all_jobs_are_done_once_each_after_its_needs(tmp_path, monkeypatch):
+    order = carried_out(tmp_path, monkeypatch)
+    jobs = miniature.jobs_of(0)
+    assert sorted(order) == sorted(jobs)
+    assert all(order.index(need) < order.index(job) for job in jobs for need in jobs[job])
+    carried_out(tmp_path, monkeypatch)  # nothing is left to do
+    assert (tmp_path / "order").read_text().split() == order
+
+
+def test_a_job_that_fails_stops_all_and_is_tried_again(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="seed0/caption failed: .*seed0/caption.log tells why"):
+        carried_out(tmp_path, monkeypatch, program="if job.endswith('caption'): exit(1)")
+    assert (tmp_path / "order").read_text().split() == ["seed0/align"]
+    order = carried_out(tmp_path, monkeypatch)
+    assert order[:2] == ["seed0/align", "seed0/caption"] and len(order) == len(miniature.jobs_of(0))
+
+
+def test_a_stop_ends_the_jobs_that_run_and_counts_them_as_not_done(tmp_path, monkeypatch):
+    ticks = iter(range(10**6))
+
+    def interrupted(_):
+        if next(ticks) > 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(miniature.time, "sleep", interrupted)
+    monkeypatch.setattr(
+        miniature, "start", lambda *_: subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    )
+    with pytest.raises(KeyboardInterrupt):
+        miniature.carry_out(namespace(tmp_path))
+    assert [row["job"] for row in miniature.noted(tmp_path)] == ["seed0/align"]
+    assert not miniature.is_done(tmp_path, "seed0/align")
+
+
+def test_a_run_that_was_stopped_is_not_done(tmp_path):
+    (tmp_path / "last").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"steps": 10}))
+    (tmp_path / "last" / "state.json").write_text(json.dumps({"step": 10}))
+    miniature.check_ended(tmp_path)
+    (tmp_path / "last" / "state.json").write_text(json.dumps({"step": 9}))
+    with pytest.raises(UserError, match="stopped after 9 of 10 steps"):
+        miniature.check_ended(tmp_path)
+
+
+# What is told
+
+
+def run_of(cmr, plain, captions, bleu=30.0, true=90.0, frechet=None):
+    def f(x):
+        return [x, x - 1, x + 1]
+
+    rows = {"composed": [f(captions)] * 3, "without captions": [f(plain)] * 3}
+    of = {
+        "retrieval": {"figures": {"ours": {k: f(cmr) for k in (*tables.WAYS, "mean")}}},
+        "composed": {"recall": {row: {"mean": v} for row, v in rows.items()}},
+        "captioning": {
+            "results": {
+                "fashiongen": {
+                    "scores": {"captions": {"BLEU-4": f(bleu), "METEOR": None}},
+                    "attributes": {"captions": {"all": {"precision": f(true), "coverage": f(true)}}},
+                }
+            }
+        },
+    }
+    if frechet is not None:
+        of["generation"] = {"results": {"cloth": {"rows": {"output": {"Frechet (judge)": frechet}}}}}
+    return of
+
+
+@pytest.fixture
+def results():
+    """Three seeds, in which the LLM adds 2 ± 1, the diffusion side 5 ± .1, and search by text is what it was, give or take."""
+    return {
+        seed: {
+            "base": run_of(80 + seed, 60 + seed, 60 + seed),
+            "llm": run_of(80 - seed, 60 + 2 * seed + 1, 61 + 2 * seed, bleu=30.0),
+            "llm-cap": run_of(80, 60, 70, bleu=30.0),
+            "diff": run_of(80.5, 61, 75 + seed / 10, bleu=29 - seed / 10, frechet=12.0),
+        }
+        for seed in range(3)
+    }
+
+
+def test_a_cell_is_the_mean_over_seeds_and_their_standard_deviation(results):
+    values = tables.over_seeds(results, "base", tables.searched("ours", "mean"))
+    assert values == [80, 81, 82] and tables.cell(values) == "81.0 ± 1.0"
+    assert tables.cell([]) == "-" and tables.cell([3.25]) == "3.2"
+    line = next(row for row in tables.table5(results).splitlines() if row.startswith("| Base |"))
+    assert line == "| Base | 81.0 ± 1.0 | 61.0 ± 1.0 | 61.0 ± 1.0 | 30.0 ± 0.0 | 90.0 ± 0.0 | - |"
+
+
+def test_a_claim_is_decided_by_the_interval_over_seeds(results):
+    told = dict(line.strip("| ").split(" | ") for line in tables.claim_table(results).splitlines()[2:])
+    helps = [v for k, v in told.items() if "diffusion objective (Eq. 12" in k]
+    assert helps == ["+5.1 [+4.9, +5.3]: more"]  # 5, 5.1, 5.2: 4.30 * .1 / sqrt(3) either way
+    costs = [v for k, v in told.items() if "diffusion objective costs" in k]
+    assert costs == ["-1.1 [-1.3, -0.9]: less"]
+    unsure = [v for k, v in told.items() if "caption objective (Eq. 11" in k]
+    assert unsure == ["+2.0 [-0.5, +4.5]: not decided"]  # 1, 2, 3
+    assert [v for k, v in told.items() if "Search by text" in k][0].endswith("not decided")
+
+
+def test_one_seed_decides_nothing(results):
+    del results[1], results[2]
+    assert tables.claim_table(results).count("not decided: fewer than two seeds") == len(
+        tables.claims(results)
+    )
+
+
+def test_a_variant_that_is_missing_leaves_its_cells_empty(results):
+    for runs in results.values():
+        del runs["llm"]
+    assert "| Base+LLM | - | - | - | - | - | - |" in tables.table5(results)
+
+
+def test_students_t():
+    """Against its own definition: the 97.5 % point of the mean of n normal numbers over its estimated error."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for n, t in tables.T95.items():
+        x = rng.standard_normal((400_000, n))
+        ratio = np.abs(x.mean(1)) / (x.std(1, ddof=1) / n**0.5)
+        assert (ratio < t).mean() == pytest.approx(0.95, abs=0.002)

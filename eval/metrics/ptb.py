@@ -78,7 +78,7 @@ RULES = [
         r"[A-Z]+(?:[&+][A-Z]+)+",
         rf"#{L}+|@[A-Za-z][A-Za-z0-9_]*",
         # Figures
-        r"[-+]?(?:\d+|[.:,]\d+)(?:[.:,]\d+)*|\d{1,4}-\d{1,4}/\d{1,4}|[A-Z]+\$",
+        r"\d{1,4}-\d{1,4}/\d{1,4}|[-+]?(?:\d+|[.:,]\d+)(?:[.:,]\d+)*|[A-Z]+\$",
         # Signs; an empty group is no word, but keeps others from what it matches
         rf"[<>]?[:;=][-o*']?[()DPdpO\\@|\[\]{{3](?!{A})",  # a smile
         r"()(?:\.{3,}|''|-{2,4}(?!-))|-{5,}|[!?]{2,}|\*+|_+|[#@]{2,}|<<|>>",
@@ -87,7 +87,7 @@ RULES = [
     )
 ]
 # No word reaches beyond a chunk. The blank at a chunk's end says that a figure follows.
-CHUNK = re.compile(r"<[^<>]*>|[^\s<]+(?: (?=\d))?|<")
+CHUNK = re.compile(r"<[^<>]*>|[^\s<]+(?: (?=\d))?|<+")
 # "in size L. The sleeves": the full stop is the sentence's, and none of an initial.
 LAST = re.compile(rf"(?<![\w.&-])({L})\.(?=\s+(?:(?:{STARTERS})(?!\S)|{TAG}))")
 CURLY = re.compile(f"(n?)’({HALF}|t)")
@@ -98,7 +98,7 @@ SPELT = str.maketrans(
 )
 # What cp1252 has between 80 and 9f is read right where it was taken for Latin 1; soft hyphens go.
 WINDOWS = str.maketrans("\x80\x91\x92\x93\x94\x96\x97", "€‘’“”–—", "\u00ad")
-ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'", "nbsp": " "}
+ENTITIES = {"amp": "&", "lt": " < ", "gt": " > ", "quot": '"', "apos": "'", "nbsp": " "}
 ENTITY = re.compile(f"&({'|'.join(ENTITIES)});", re.IGNORECASE)
 
 

@@ -87,7 +87,7 @@ def beside_the_paper(captions: Texts, references: Texts) -> str:
 
 
 def line(name: str, cells: Sequence[str]) -> str:
-    return f"{name:<24}" + "".join(f"{text:>22}" for text in cells)
+    return f"{name:<24}" + "".join(f" {text:>21}" for text in cells)
 
 
 def cell(figure: Figure | None) -> str:

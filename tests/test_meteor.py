@@ -209,7 +209,16 @@ def asked() -> dict[str, np.ndarray]:
         [text for group in CAPTIONS[k].values() for text in group] for k in ("hyps", "refs")
     )
     swapped = as_released(captions, references)
-    strange = [[], ["|||"], ["a", "|||", "b"], ["a||||b"], ["a\nb"], ["é", "’", "日本"], ["\x00"], ["EVAL"]]
+    strange = [
+        [],
+        ["|||"],
+        ["a", "|||", "b"],
+        ["a||||b"],
+        ["a\nb"],
+        ["é", "’", "日本"],
+        ["\x00", "\ud800"],
+        ["EVAL"],
+    ]
     many = [["long", "sleeve", f"t{i}", "dress", "in", "red"] * 8 for i in range(1000)]
     pairs = {
         "golden": (split(t[0] for t in GOLD["hyps"].values()), [split(t) for t in GOLD["refs"].values()]),

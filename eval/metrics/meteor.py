@@ -4,7 +4,7 @@
     meteor(counted)               the score of one pair, or of a sum of pairs, which is the corpus's: number for number the jar's
 
 Matching takes WordNet and 62 MB of paraphrases, which are not here: without Java or pycocoevalcap nothing is measured. The
-score is the paper's formula with the values for English (its section 3 and table 3):
+score is the paper's formula with the jar's values for English (`-l en`):
 
     p, r    weighted matches of the caption's, of the reference's words / their number; a content word counts delta, a
             function word 1 - delta, a match as much as its kind is worth
@@ -57,6 +57,7 @@ def counts(
             input="".join(line + "\n" for line in lines),
             capture_output=True,
             encoding="utf-8",
+            errors="replace",
             timeout=seconds,
         )
     except subprocess.TimeoutExpired:

@@ -1,13 +1,13 @@
 """Captions in the manners of three data sets: like their references, and true of ToyFashion's garments?
 
     python -m eval.captioning --data toy --out captions.jsonl
-    python -m eval.captioning --data fashiongen=PATH              real data, beside the paper's row: BLEU-4 alone
+    python -m eval.captioning --data fashiongen=PATH              real data, beside the paper's row
 
 Of each style one picture each of --samples garments, the same in all styles, of attribute combinations that training never
 saw; captions are written by `unifashion.caption`, as `infer.py caption` does. Then, in %:
 
-    BLEU-4        as pycocoevalcap computes it, each picture's one reference in words as `eval.metrics.bleu` splits them;
-                  against the references of the other styles too, which are what those data sets say of the same garments
+    BLEU-4, METEOR, ROUGE-L, CIDEr    see eval/captions.py, against each picture's one reference; BLEU-4 also against the
+                  references of the other styles, which are what those data sets say of the same garments
     precision     of the attribute values that the captions name (`texts.named`), those that are true of the garment
     coverage      of the attributes that a picture's reference names, those of which its caption names the true value:
                   a caption that names every value has it all, at the price of its precision
@@ -35,7 +35,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from eval.metrics.bleu import bleu, counts, words
+from eval.captions import METRICS, beside_the_paper, bleu4, cell, line, scores
 from eval.report import interval, qformer_hash, resampled, shuffled
 from eval.truth import ATTRIBUTES, Said, garments_of, seen_in_training, truth
 from unifashion import Parser, UserError, runs, training
@@ -49,8 +49,6 @@ from unifashion.model import UniFashion
 from unifashion.preprocess import qformer_image
 from unifashion.tokenizers import SentencePiece
 from weights.load import learned_file, llm_tokenizer, load_unifashion, sha256
-
-PAPER = {"BLEU-4": 35.53, "METEOR": 29.32, "ROUGE-L": 54.59, "CIDEr": 169.5}  # FashionGen, Table 2
 
 
 class Case(NamedTuple):
@@ -143,22 +141,11 @@ def shares(counted: np.ndarray) -> dict[str, dict]:
     }
 
 
-def bleu4(captions: list[str], references: list[str]) -> list[float | None]:
-    """In %, with its interval; one reference a caption."""
-    pairs = zip(captions, references, strict=True)
-    return interval(100 * bleu(resampled(np.stack([counts(words(c), [words(r)]) for c, r in pairs])))[:, 3])
-
-
-def as_released(captions: list[str], references: list[str]) -> list[float | None]:
-    """BLEU-4 as UniFashion's src/metric.py has it: 100 characters of each, and the caption in the reference's place."""
-    return bleu4([text[:100] for text in references], [text[:100] for text in captions])
-
-
 def judge(
     style: str, cases: dict[str, list[Case]], garments: list[Garment] | None, common: Said, seed: int
 ) -> dict[str, dict]:
     """
-    -> {"BLEU-4": {row: {style: figure}}, "attributes": {row: `shares`}}
+    -> {"BLEU-4": {row: {style: figure}}, "own": {row: {metric: figure}}, "attributes": {row: `shares`}}
 
     cases     of every style, in one order of garments
     garments  in that order; without them, in real data, nothing is known but the references
@@ -174,16 +161,18 @@ def judge(
         rng = np.random.default_rng([seed, list(WRITERS).index(style)])
         texts["the truth, anew"] = [WRITERS[style](g, rng) for g in garments]
     references = {name: [case.reference for case in others] for name, others in cases.items()}
-    scores = {row: {k: bleu4(said, refs) for k, refs in references.items()} for row, said in texts.items()}
+    result = {
+        "BLEU-4": {
+            row: {k: bleu4(said, refs) for k, refs in references.items()} for row, said in texts.items()
+        },
+        "own": scores({row: (said, references[style]) for row, said in texts.items()}),
+    }
     if garments is None:
-        return {"BLEU-4": scores}
+        return result
     truths, asked = [truth(g) for g in garments], [named(text, style) for text in references[style]]
     said = {row: [named(text, style) for text in made] for row, made in texts.items()}
     said["most frequent"] = [common] * len(own)
-    return {
-        "BLEU-4": scores,
-        "attributes": {row: shares(count(s, truths, asked)) for row, s in said.items()},
-    }
+    return result | {"attributes": {row: shares(count(s, truths, asked)) for row, s in said.items()}}
 
 
 # How it is told
@@ -191,24 +180,19 @@ def judge(
 
 def table(style: str, cases: list[Case], seconds: float, result: dict) -> str:
     """One style's figures as text."""
-
-    def line(name: str, cells: Sequence[str]) -> str:
-        return f"{name:<24}" + "".join(f"{cell:>22}" for cell in cells)
-
-    def cell(figure: list[float | None]) -> str:
-        return "-" if figure[0] is None else "{:.1f} [{:.1f}, {:.1f}]".format(*figure)
-
     made = [case.caption for case in cases]
     tokens = sum(c.tokens for c in made)
     lines = [
         f"\n{style}: {len(made)} pictures, {100 * sum(c.whole for c in made) / len(made):.1f} % of the captions ended by "
         f"themselves, {tokens / len(made):.1f} tokens each, {tokens / seconds:.0f} tokens/s"
     ]
-    scores = result["BLEU-4"]
-    lines.append(line("BLEU-4 against", [f"{k} (own)" if k == style else k for k in scores["captions"]]))
-    lines += [line(row, map(cell, figures.values())) for row, figures in scores.items()]
-    nearest = max(scores["captions"].values(), key=lambda figure: figure[0])
-    if nearest[1] > scores["captions"][style][2]:  # more than chance may do
+    lines.append(line("against its own", METRICS))
+    lines += [line(row, map(cell, figures.values())) for row, figures in result["own"].items()]
+    against = result["BLEU-4"]
+    lines.append(line("BLEU-4 against", [f"{k} (own)" if k == style else k for k in against["captions"]]))
+    lines += [line(row, map(cell, figures.values())) for row, figures in against.items()]
+    nearest = max(against["captions"].values(), key=lambda figure: figure[0])
+    if nearest[1] > against["captions"][style][2]:  # more than chance may do
         lines.append("the captions are nearest to another style's references: they do not follow their own")
     for kind, of in (("precision", "named"), ("coverage", "asked")):
         for row, shown in result.get("attributes", {}).items():
@@ -217,24 +201,6 @@ def table(style: str, cases: list[Case], seconds: float, result: dict) -> str:
                 lines.append(line(f"{of}, how many", [str(figures[of]) for figures in shown.values()]))
             lines.append(line(row, [cell(figures[kind]) for figures in shown.values()]))
     return "\n".join(lines)
-
-
-def beside_the_paper(cases: list[Case], ours: list[float | None]) -> str:
-    """FashionGen's captioning: our row, ours as the released code would have it, and the published one."""
-    captions, references = zip(*((case.caption.text, case.reference) for case in cases), strict=True)
-    rows = {
-        "ours, whole texts": f"{ours[0]:>9.2f}" + 3 * f"{'-':>9}",
-        "ours, as released": f"{as_released(captions, references)[0]:>9.2f}" + 3 * f"{'-':>9}",
-        "UniFashion, Table 2": "".join(f"{x:>9}" for x in PAPER.values()),
-    }
-    return "\n".join(
-        [
-            f"\n{'FashionGen':<24}" + "".join(f"{k:>9}" for k in PAPER),
-            *(f"{name:<24}{row}" for name, row in rows.items()),
-            "released: src/metric.py cuts both texts to 100 characters and takes the one for the other; it has no CIDEr.",
-            f"Which pictures the paper took is not said: these are {len(cases)} products of validation, a picture each.",
-        ]
-    )
 
 
 def save(cases: dict[str, list[Case]], path: Path) -> None:
@@ -351,6 +317,8 @@ def main(argv: list[str] | None = None) -> None:
     cases, seconds = {}, {}
     for style in styles:
         cases[style], seconds[style] = write(model, llm_words, data[style], picks[style], style, args)
+    if args.out:
+        save(cases, args.out)
     results = {style: judge(style, cases, garments, common, args.seed) for style in styles}
     report = {
         "command": shlex.join(["python", "-m", "eval.captioning", *(sys.argv[1:] if argv is None else argv)]),
@@ -375,11 +343,8 @@ def main(argv: list[str] | None = None) -> None:
         for case in cases[style][: args.show]:
             print(f"  {case.picture}\n    reference  {case.reference}\n    caption    {case.caption.text}")
     if name == "fashiongen":
-        print(
-            beside_the_paper(cases["fashiongen"], results["fashiongen"]["BLEU-4"]["captions"]["fashiongen"])
-        )
-    if args.out:
-        save(cases, args.out)
+        of_data = cases["fashiongen"]
+        print(beside_the_paper([case.caption.text for case in of_data], [case.reference for case in of_data]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Captions in the manners of three data sets: like their references, and true of ToyFashion's garments?
 
-    python -m eval.captioning --data toy --out captions.jsonl
+    python -m eval.captioning --data toy --out captioning.json --captions captions.jsonl
     python -m eval.captioning --data fashiongen=PATH              real data, beside the paper's row
 
 Of each style one picture each of --samples garments, the same in all styles, of attribute combinations that training never
@@ -36,7 +36,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from eval.captions import METRICS, beside_the_paper, bleu4, cell, line, scores
-from eval.report import interval, qformer_hash, resampled, shuffled
+from eval.report import interval, qformer_hash, resampled, save_json, shuffled
 from eval.truth import ATTRIBUTES, Said, garments_of, seen_in_training, truth
 from unifashion import Parser, UserError, runs, training
 from unifashion.caption import Caption, check_search, write_captions
@@ -232,8 +232,9 @@ def check_arguments(args: argparse.Namespace, name: str) -> None:
         raise UserError("--samples must be at least 2, --batch-size at least 1, --show 0 or more")
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}, must be 0 or more")
-    if args.out and (args.out.is_dir() or not os.access(args.out.parent, os.W_OK)):
-        raise UserError(f"{args.out} cannot be written: --out wants a file in a folder that exists")
+    for flag, out in (("--out", args.out), ("--captions", args.captions)):
+        if out and (out.is_dir() or not os.access(out.parent, os.W_OK)):
+            raise UserError(f"{out} cannot be written: {flag} wants a file in a folder that exists")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -273,7 +274,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="print the first captions of each style (default %(default)s)",
     )
-    add("--out", type=Path, metavar="JSONL", help="write every picture's reference and caption here")
+    add("--out", type=Path, metavar="JSON", help="write every figure here")
+    add("--captions", type=Path, metavar="JSONL", help="write every picture's reference and caption here")
     add("--quiet", action="store_true", help="no progress bars")
     return parser.parse_args(argv)
 
@@ -317,8 +319,8 @@ def main(argv: list[str] | None = None) -> None:
     cases, seconds = {}, {}
     for style in styles:
         cases[style], seconds[style] = write(model, llm_words, data[style], picks[style], style, args)
-    if args.out:
-        save(cases, args.out)
+    if args.captions:
+        save(cases, args.captions)
     results = {style: judge(style, cases, garments, common, args.seed) for style in styles}
     report = {
         "command": shlex.join(["python", "-m", "eval.captioning", *(sys.argv[1:] if argv is None else argv)]),
@@ -345,6 +347,8 @@ def main(argv: list[str] | None = None) -> None:
     if name == "fashiongen":
         of_data = cases["fashiongen"]
         print(beside_the_paper([case.caption.text for case in of_data], [case.reference for case in of_data]))
+    if args.out:
+        save_json({**report, "results": results}, args.out)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def composed(row: str, column: int = 2) -> Get:
 def written(row: str, metric: str) -> Get:
     def get(run: dict) -> float | None:
         figure = (
-            run.get("captioning", {}).get("results", {}).get("fashiongen", {}).get("scores", {}).get(row, {})
+            run.get("captioning", {}).get("results", {}).get("fashiongen", {}).get("own", {}).get(row, {})
         )
         return figure[metric][0] if figure.get(metric) else None
 

@@ -300,8 +300,8 @@ def test_pictures_are_captioned_as_infer_does(world, weights):
 
 
 def test_the_command_prints_what_a_reader_needs_and_repeats(command, tmp_path):
-    out = tmp_path / "captions.jsonl"
-    printed = command("--out", out, "--show", "2")
+    out, figures = tmp_path / "captions.jsonl", tmp_path / "captioning.json"
+    printed = command("--captions", out, "--out", figures, "--show", "2")
     report = dict(line.split(maxsplit=1) for line in printed.splitlines()[:4])
     assert report["command"].startswith("python -m eval.captioning --data toy=")
     assert re.search(r"seen in training +0\n", printed) and re.search(r"split +test\n", printed)
@@ -324,8 +324,14 @@ def test_the_command_prints_what_a_reader_needs_and_repeats(command, tmp_path):
         )  # the four metrics, BLEU against all styles, precision, coverage
     assert len(re.findall("^most frequent ", printed, re.MULTILINE)) == 3 * 2
     assert list(tmp_path.glob("*.new")) == []
+    saved = json.loads(figures.read_text())
+    assert saved["command"] == printed.split("\n")[0].split(maxsplit=1)[1] and list(saved["results"]) == list(
+        READERS
+    )
+    bleu4 = saved["results"]["fashiongen"]["own"]["captions"]["BLEU-4"]
+    assert re.search(rf"^captions +{bleu4[0]:.1f} ", printed.split("\nfashiongen: ")[1], re.MULTILINE)
 
-    same = command("--out", tmp_path / "again.jsonl", "--show", "2", "--batch-size", "4")
+    same = command("--captions", tmp_path / "again.jsonl", "--show", "2", "--batch-size", "4")
     assert figures_of(same) == figures_of(printed)
     other = command("--seed", "1", "--show", "2")
     assert figures_of(other) != figures_of(printed)
@@ -351,7 +357,7 @@ def test_the_command_gives_a_truth_teller_full_marks(command, monkeypatch):
 
 def test_styles_splits_and_beams_can_be_chosen(command, tmp_path):
     out = tmp_path / "captions.jsonl"
-    flags = ("--styles", "fashioniq-cap", SHORT, "--split", "val", "--show", "0", "--out", out)
+    flags = ("--styles", "fashioniq-cap", SHORT, "--split", "val", "--show", "0", "--captions", out)
     printed = command(*flags, "--beams", "3")
     assert (
         "search                      3 beams" in printed and "fashiongen" not in printed.split("\n\n", 1)[1]
@@ -379,7 +385,7 @@ def test_fashiongen_itself_is_set_beside_the_paper(command, world):
 @pytest.mark.parametrize(
     "flags",
     ["--samples 1", "--batch-size 0", "--max-tokens 0", "--beams 0", "--beams 1000", "--seed -1", "--show -1",
-     "--styles vogue", "--styles", "--out no/folder.jsonl", "--out .", "--data vitonhd", "--data fashiongen --split test",
+     "--styles vogue", "--styles", "--captions no/folder.jsonl", "--out no/folder.json", "--out .", "--data vitonhd", "--data fashiongen --split test",
      "--data fashiongen --styles fashion200k", "--device tpu", "--split train"],
 )  # fmt: skip
 def test_wrong_input_is_refused_before_any_work(command, flags, monkeypatch):
@@ -420,7 +426,7 @@ def test_captions_outlive_what_fails_behind_them(command, tmp_path, monkeypatch)
         captioning, "judge", lambda *_: (_ for _ in ()).throw(UserError("METEOR's jar failed"))
     )
     with pytest.raises(UserError, match="jar"):
-        command("--out", tmp_path / "captions.jsonl")
+        command("--captions", tmp_path / "captions.jsonl")
     assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 3 * 6
 
 

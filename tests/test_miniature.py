@@ -109,7 +109,7 @@ def run_of(cmr, plain, captions, bleu=30.0, true=90.0, frechet=None):
         "captioning": {
             "results": {
                 "fashiongen": {
-                    "scores": {"captions": {"BLEU-4": f(bleu), "METEOR": None}},
+                    "own": {"captions": {"BLEU-4": f(bleu), "METEOR": None}},
                     "attributes": {"captions": {"all": {"precision": f(true), "coverage": f(true)}}},
                 }
             }

@@ -1,23 +1,30 @@
-"""Unpaired try-on on ToyFashion, measured against what was asked: the same person drawn in the other garment is known.
+"""Try-on and design, measured: on drawn data against the known truth, on real data as a distance from real pictures.
 
     python -m eval.generation --data toy --out generation.json --sheet sheet.png
     python -m eval.generation --data toy --grid plms:50,plms:25,dpm++:20,ddim:10     samplers and steps, side by side, on val
     python -m eval.generation --data toy --guidances 1,1.5,2,3                       to choose the guidance, on val
+    python -m eval.generation --data vitonhd=PATH --keep made/tryon                  FID and KID, paired and unpaired
+    python -m eval.generation --data mgd=PATH --keep made/design                     from sketch and text; CLIP-S, too
+    python -m eval.generation --data vitonhd=PATH --generated FOLDER                 pictures that are there, of any model
 
-Every person gets another's garment, of an attribute combination that training never saw, once from the cloth photo, once
-from sketch and text. Pictures are pasted outside the mask as `infer.py` does, then compared with the truth:
+Of VITON-HD and MGD `eval.photos` tells the figures; the rest is ToyFashion's, where the same person drawn in the other
+garment is known. Every person gets another's garment, of an attribute combination that training never saw, once from the
+cloth photo, once from sketch and text. Pictures are pasted outside the mask as `infer.py` does, then compared with the truth:
 
     colour        %   main colour by ToyFashion's palette rule, on the true garment's pixels
     attributes    %   mean of category, pattern, second colour, sleeve, neckline and length as `eval.judge` reads them,
                       each over the cases whose condition tells it (`eval.judge.told`)
     IoU               garment pixels, found by the judge, against the true garment's
     PSNR          dB  on the true garment's pixels, mean over pictures (an exact copy counts as 99)
+    KID, Frechet      all pictures against all truths, as the judge's encoder sees them: KID's and FID's formulas on the mean of
+                      its last block (128), since Inception knows photographs. A Frechet distance has no interval
+                      (`eval.metrics.fid`); what two halves of the truths are apart is told beside it
     changed           pixels outside the mask that are not the person's, in all pictures together: 0 by construction here,
                       where the mask pastes them; what `infer.py` writes is held to it by tests/test_infer.py
 
 Beside the outputs: the truth, the truth through the VAE (the ceiling), and three controls: the garments shuffled between
 cases, no condition at all (null context, no garment), and the person unchanged. Intervals: 95 %, bootstrap over cases (of
-no width where all cases agree: 500 of 500 still leaves room for about 0.7 %).
+no width where all cases agree: 500 of 500 still leaves room for about 0.7 %), KID's by the jackknife.
 """
 
 import argparse
@@ -26,22 +33,24 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from eval import judge as judging
+from eval import photos
 from eval.judge import ATTRIBUTES, COLUMNS, Judge
+from eval.metrics.fid import fid, fid_floor, kid_of_pairs
 from eval.report import interval, qformer_hash
+from eval.sampling import Setting, draw, read, through_vae
 from eval.truth import seen_in_training
 from unifashion import Parser, UserError, runs, sheets, training
 from unifashion.config import PRESETS
@@ -49,25 +58,16 @@ from unifashion.data import read_json, toy
 from unifashion.data.mgd import MGD
 from unifashion.diffusion import SAMPLERS
 from unifashion.model import UniFashion
-from unifashion.preprocess import check_png_path, paste, to_uint8, unet_image
-from unifashion.tokenizers import WordPiece, blip_caption
-from unifashion.tryon import garment_tensors, person_tensors
+from unifashion.preprocess import check_png_path, paste
+from unifashion.tokenizers import WordPiece
 from weights.load import learned_file, load_unifashion, sha256, tokenizer
 
 CONDITIONS = ("cloth", "sketch+text")
 MAIN = ("colour", "attributes", "IoU", "PSNR")
 CEILING, SHUFFLED = "truth through the VAE", "garments shuffled"
+FRECHET, KID = "Frechet (judge)", "KID x1000 (judge)"
 ON_SHEET = 8
 Make = Callable[[list[int]], list[np.ndarray]]  # indices of cases -> their pictures
-
-
-class Setting(NamedTuple):
-    sampler: str
-    steps: int
-    guidance: float
-
-    def __str__(self) -> str:
-        return f"{self.sampler} {self.steps}, guidance {self.guidance:g}"
 
 
 class Cases:
@@ -106,7 +106,6 @@ class Cases:
         raise UserError("the cases' garments are too much alike to shuffle them: take more --samples")
 
 
-@torch.no_grad()
 def try_on(
     model: UniFashion, words: WordPiece, cases: Cases, condition: str | None, s: Setting, seed: int, of: list[int],
     indices: list[int],
@@ -115,51 +114,9 @@ def try_on(
     The persons of cases `indices`, person i in the garment of case `of[i]`, before pasting: (h,w,3) uint8 each.
 
     condition   "cloth", "sketch+text", or None: null context and no garment
-    seed        the noise is a function of (seed, i): the same for all conditions, settings and batch sizes
     """
-
-    def stack(tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        rows = torch.utils.data.default_collate(tensors)
-        return {k: v.to(model.null_context) for k, v in rows.items()}  # its device and dtype
-
-    cfg, people, clothes = model.cfg, [cases.data[i] for i in indices], [cases.data[of[i]] for i in indices]
-    person = stack([person_tensors(p["person"], p["mask"], p["pose"], cfg) for p in people])
-    scene = model.scene(
-        model.vae.encode(person["agnostic"]), person["keep"], model.vae.encode(person["pose"])
-    )
-    if condition is None:
-        context, hint = model.null_context.expand(len(people), -1, -1), None
-    else:
-        drawn = condition == "sketch+text"
-        pictures = [c["sketch"].convert("RGB") if drawn else c["cloth"] for c in clothes]
-        garment = stack([garment_tensors(p, drawn, cfg) for p in pictures])
-        texts = (
-            words.encode([blip_caption(c["text"]) for c in clothes], cfg.qformer.max_text) if drawn else ()
-        )
-        context = model.context(model.see(garment["picture"]), *(t.to(model.device) for t in texts))
-        hint = model.vae.encode(garment["hint"])
-    shape, seeds = (cfg.vae.latent_channels, *cfg.latent), [("eval", seed, i) for i in indices]
-    noise = torch.stack([torch.randn(shape, generator=training.seeded(*s)) for s in seeds]).to(model.device)
-    guidance = 1.0 if condition is None else s.guidance  # between twice the same, guidance is nothing
-    *_, latent = model.sample(noise, scene, context, hint, s.steps, s.sampler, guidance)
-    if not latent.isfinite().all():
-        raise UserError("the numbers overflow: --guidance is too high, or a file of weights is damaged")
-    return decode(model, latent, [p["person"].size for p in people])
-
-
-@torch.no_grad()
-def through_vae(model: UniFashion, cases: Cases, indices: list[int]) -> list[np.ndarray]:
-    """The truth as its own latent shows it: what no output can be expected to beat."""
-    truths = [Image.fromarray(cases.truth(i)[0]) for i in indices]
-    x = torch.stack([unet_image(t, model.cfg.picture) for t in truths]).to(model.null_context)
-    return decode(model, model.vae.encode(x), [t.size for t in truths])
-
-
-def decode(model: UniFashion, latent: Tensor, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
-    """Latents (b,4,y,x) -> pictures (h,w,3) uint8, each of its own (width, height)."""
-    pictures = [Image.fromarray(to_uint8(x)) for x in model.vae.decode(latent.to(model.null_context))]
-    bicubic = Image.Resampling.BICUBIC
-    return [np.asarray(picture.resize(size, bicubic)) for picture, size in zip(pictures, sizes, strict=True)]
+    inputs = [read(cases.data, i, of[i], condition, model.cfg) for i in indices]
+    return draw(model, words, inputs, s, seed, indices)
 
 
 @dataclass
@@ -170,6 +127,7 @@ class Row:
     changed: int
     seconds: float  # per picture, without judging
     first: list[np.ndarray]
+    features: np.ndarray | None = None  # (n,128), `overheard`
 
 
 def measure(make: Make, cases: Cases, judge: Judge, batch: int, name: str, quiet: bool = True) -> Row:
@@ -192,6 +150,24 @@ def measure(make: Make, cases: Cases, judge: Judge, batch: int, name: str, quiet
         bar.update(len(indices))
     bar.close()
     return Row(np.array(values), changed, seconds / len(cases), first)
+
+
+@contextmanager
+def overheard(judge: Judge) -> Iterator[list[np.ndarray]]:
+    """What the judge's encoder sees in the pictures that it reads meanwhile: the means of its last block's channels, (b,128)."""
+    found: list[np.ndarray] = []
+    hook = judge.down[-1].register_forward_hook(lambda *call: found.append(call[-1].mean((2, 3)).numpy()))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def distances(row: Row, truth: Row) -> dict[str, float | list[float] | None]:
+    """FID's and KID's formulas on the judge's features, of persons against the same persons. KID needs 3 of them."""
+    a, b = row.features, truth.features
+    kid = [round(1000 * x, 4) + 0.0 for x in kid_of_pairs(a, b, quiet=True)] if len(a) > 2 else None
+    return {FRECHET: round(fid(a, b, quiet=True), 4) + 0.0, KID: kid}
 
 
 def resampled(values: np.ndarray, asked: np.ndarray, times: int = 1000) -> dict[str, np.ndarray]:
@@ -217,6 +193,8 @@ def compare(rows: dict[str, Row], cases: Cases, condition: str) -> dict[str, dic
     shown = {name: {k: interval(v) for k, v in f.items()} for name, f in figures.items()}
     for name, row in rows.items():
         shown[name] |= {"changed": row.changed, "seconds": round(row.seconds, 4)}
+        if row.features is not None:
+            shown[name] |= distances(row, rows["truth"])
     less = {
         f"output less {name}": {k: interval(figures["output"][k] - figures[name][k]) for k in MAIN}
         for name in ((CEILING, SHUFFLED) if "output" in rows else ())
@@ -230,11 +208,13 @@ def table(condition: str, result: dict) -> str:
     def cell(figure: list[float | None], digits: int) -> str:
         return "-" if figure[0] is None else "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*figure, d=digits)
 
-    heads = [f"{k:>24}" for k in MAIN] + [f"{k:>10}" for k in (*ATTRIBUTES, "changed", "s/picture")]
+    heads = [f"{k:>24}" for k in (*MAIN, KID)] + [f"{FRECHET:>17}"]
+    heads += [f"{k:>10}" for k in (*ATTRIBUTES, "changed", "s/picture")]
     lines = [f"\n{condition:<33}" + "".join(heads)]
     for name, figures in {**result["rows"], **result["differences"]}.items():
         cells = [f"{cell(figures[k], 3 if k == 'IoU' else 1):>24}" for k in MAIN]
         if name in result["rows"]:
+            cells += [f"{cell(figures[KID] or [None], 2):>24}", f"{figures[FRECHET]:>17.3f}"]
             cells += [
                 f"{'-' if figures[k][0] is None else format(figures[k][0], '.1f'):>10}" for k in ATTRIBUTES
             ]
@@ -269,7 +249,7 @@ def check_arguments(args: argparse.Namespace, settings: list[Setting]) -> None:
             raise UserError(f"{s}: wanted {' or '.join(SAMPLERS)}, 2 to 500 steps, a guidance from 0 up")
     if (args.grid or args.guidances) and args.split == "test":
         raise UserError("settings are chosen on val and reported on test: leave --split test out")
-    if args.samples < 2 or args.batch_size < 1 or args.judge_steps < 1:
+    if (args.samples is not None and args.samples < 2) or args.batch_size < 1 or args.judge_steps < 1:
         raise UserError("--samples must be at least 2, --batch-size and --judge-steps at least 1")
     if args.sheet:
         check_png_path(args.sheet)
@@ -280,9 +260,14 @@ def check_arguments(args: argparse.Namespace, settings: list[Setting]) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--data", required=True, metavar="toy[=PATH]", help="ToyFashion, in data/toy if no PATH is given")
+    add(
+        "--data",
+        required=True,
+        metavar="NAME[=PATH]",
+        help="toy | vitonhd | mgd, in data/NAME if no PATH is given",
+    )
     add("--split", choices=["val", "test"], help="default test; val with --grid and --guidances")
-    add("--samples", type=int, default=500, help="cases (default %(default)s, or all of a smaller split)")
+    add("--samples", type=int, help="cases, the first ones (default: of toy 500, else all)")
     add("--preset", choices=list(PRESETS), default="tiny")
     add("--weights", type=Path, help="folder of the weights (default: the preset's own)")
     add("--sampler", choices=list(SAMPLERS), default="plms")
@@ -294,6 +279,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto | cpu | cuda")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, else fp32")
+    add("--keep", type=Path, metavar="FOLDER", help="not of toy: pictures are made here, or go on to be")
+    add("--generated", type=Path, metavar="FOLDER", help="not of toy: measure paired/ and unpaired/ in it")
     add("--judge", type=Path, default=Path("runs/judge"), help="where trained judges are kept (%(default)s)")
     add("--judge-steps", type=int, default=judging.STEPS, help="training steps of the judge (%(default)s)")
     add("--out", type=Path, metavar="JSON", help="write every figure here")
@@ -304,17 +291,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args, began = parse(argv), time.perf_counter()
+    name, path = training.name_and_path(args.data, ("toy", "vitonhd", "mgd"))
     args.guidance = PRESETS[args.preset].guidance if args.guidance is None else args.guidance
     settings, controls = settings_of(args), not (args.grid or args.guidances)
     check_arguments(args, settings)
+    if name != "toy":
+        return photos.evaluate(name, path, settings[0], args, argv, began)
+    if args.keep or args.generated:
+        raise UserError(
+            "--keep and --generated are of vitonhd and mgd: ToyFashion's pictures are made and forgotten"
+        )
     training.fast_malloc()
     device = training.pick_device(args.device)
     bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
     model = load_unifashion(args.preset, args.weights, device, torch.bfloat16 if bf16 else torch.float32)
     words = tokenizer(args.preset, args.weights)
-    world = training.toy_folder(training.name_and_path(args.data, ("toy",))[1])
+    world = training.toy_folder(path)
     split = args.split or ("test" if controls else "val")
-    cases = Cases(world, split, args.samples)
+    cases = Cases(world, split, args.samples or 500)
     if seen := seen_in_training(toy.read_rows(world, "train"), cases.garments):
         raise UserError(
             f"{seen} of {len(cases)} garments have a combination of attributes that training has seen: this is no test"
@@ -322,7 +316,9 @@ def main(argv: list[str] | None = None) -> None:
     judge, judge_key = judging.trained_judge(world, args.judge, args.judge_steps, args.quiet)
 
     def measured(name: str, make: Make) -> Row:
-        return measure(make, cases, judge, args.batch_size, name, args.quiet)
+        with overheard(judge) as features:
+            row = measure(make, cases, judge, args.batch_size, name, args.quiet)
+        return replace(row, features=np.concatenate(features))
 
     def output(name: str, condition: str | None, s: Setting, of: list[int]) -> Row:
         return measured(name, partial(try_on, model, words, cases, condition, s, args.seed, of))
@@ -332,7 +328,9 @@ def main(argv: list[str] | None = None) -> None:
     for condition, s in product(CONDITIONS, settings):
         rows[condition]["output" if controls else str(s)] = output(f"{condition}, {s}", condition, s, own)
     truth = measured("truth", lambda indices: [cases.truth(i)[0] for i in indices])
-    ceiling = measured(CEILING, partial(through_vae, model, cases))
+    ceiling = measured(
+        CEILING, lambda of: through_vae(model, [Image.fromarray(cases.truth(i)[0]) for i in of])
+    )
     for condition in CONDITIONS:
         rows[condition] |= {CEILING: ceiling, "truth": truth}
     if controls:
@@ -363,6 +361,7 @@ def main(argv: list[str] | None = None) -> None:
         "model sha256": sha256(learned_file(args.preset, args.weights)),
         "palette rule on the truth": on_truth["colour"],
         "judge on the truth": {"fingerprint": judge_key, **{k: on_truth[k] for k in (*ATTRIBUTES, "IoU")}},
+        f"{FRECHET}, two halves": round(fid_floor(truth.features), 4) if len(cases) > 3 else None,
         "seconds": round(time.perf_counter() - began, 1),
     }
     print(*(f"{name:<28}{value}" for name, value in report.items()), sep="\n")

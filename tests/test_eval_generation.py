@@ -2,27 +2,41 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from eval import generation, judge
-from eval.generation import CONDITIONS, Cases, Row, Setting, compare, measure, resampled, try_on
+from eval.generation import (
+    CONDITIONS,
+    FRECHET,
+    KID,
+    Cases,
+    Row,
+    Setting,
+    compare,
+    distances,
+    measure,
+    overheard,
+    resampled,
+    try_on,
+)
 from eval.judge import ATTRIBUTES, COLUMNS, score, told
+from eval.metrics.fid import fid, kid_of_pairs
 from eval.report import interval
-from tests.parity import randomise
+from tests.small_draws import write_weights
 from tests.worlds import world_of
 from unifashion import UserError, feed, objectives, runs
-from unifashion.config import PRESETS, TINY
+from unifashion.config import PRESETS
 from unifashion.data import toy
 from unifashion.data.mgd import MGD
 from unifashion.model import UniFashion
 from unifashion.samples import Scenes
-from unifashion.tokenizers import WordPiece, build_vocab
+from unifashion.tokenizers import WordPiece
 from weights.load import load_unifashion, tokenizer
 
 RED_SHIRT = toy.Garment("shirt", "red", "white", "dotted", "short", "v", "regular")
@@ -173,6 +187,36 @@ def test_differences_are_between_the_same_cases(cases):
         difference = result["differences"][f"output less {name}"]
         np.testing.assert_allclose(difference["PSNR"], [shift] * 3, atol=1e-3)
         np.testing.assert_allclose(difference["colour"], [100 * shift] * 3, atol=1e-3)
+
+
+def test_distances_are_fids_and_kids_on_what_the_judges_encoder_sees(cases, learned):
+    def row(spoil) -> Row:
+        with overheard(learned) as features:
+            made = measure(lambda indices: [spoil(cases.truth(i)[0]) for i in indices], cases, learned, 3, "")
+        return replace(made, features=np.concatenate(features))
+
+    truth = row(lambda x: x)
+    people = [cases.person(i) for i in range(len(cases))]
+    shown = [generation.paste(p, cases.truth(i)[0], mask) for i, (p, mask) in enumerate(people)]
+    x = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2)[:, :, judge.ROWS].float() / 127.5 - 1
+    with torch.no_grad():
+        for block in learned.down:
+            x = block(x)
+    np.testing.assert_allclose(truth.features, x.mean((2, 3)), rtol=1e-4, atol=1e-5)
+    assert truth.features.shape == (len(cases), 128) and not learned.down[-1]._forward_hooks
+    assert distances(truth, truth) == {FRECHET: 0, KID: [0, 0, 0]}
+
+    dark, darker = row(lambda x: x // 2), row(lambda x: x // 8)
+    found = distances(dark, truth)
+    assert found[FRECHET] == pytest.approx(fid(dark.features, truth.features, quiet=True), abs=1e-4)
+    kid = kid_of_pairs(dark.features, truth.features, quiet=True)
+    assert found[KID] == pytest.approx([1000 * v for v in kid], abs=1e-4)
+    assert 0 < found[FRECHET] < distances(darker, truth)[FRECHET]
+    two = [Row(r.values, 0, 0.0, [], r.features[:2]) for r in (dark, truth)]
+    assert distances(*two)[KID] is None and distances(*two)[FRECHET] > 0
+    rows = dict.fromkeys(("output", generation.CEILING, generation.SHUFFLED), two[0]) | {"truth": two[1]}
+    result = compare(rows, cases, "cloth")
+    assert result["rows"]["output"][FRECHET] == distances(*two)[FRECHET]
 
 
 # Cases and their controls
@@ -409,9 +453,10 @@ def test_the_report_holds_what_a_reader_needs_and_repeats(command, tmp_path, cap
     for condition in CONDITIONS:
         rows = first["results"][condition]["rows"]
         assert list(rows) == names and all(name in printed for name in names)
-        assert {"colour", "attributes", *ATTRIBUTES, "IoU", "PSNR", "changed", "seconds"} == set(
-            rows["output"]
-        )
+        kinds = {"colour", "attributes", *ATTRIBUTES, "IoU", "PSNR", FRECHET, KID, "changed", "seconds"}
+        assert kinds == set(rows["output"]) and all(kind in printed for kind in kinds - {"seconds"})
+        assert rows["truth"][FRECHET] == 0 and rows["truth"][KID] == [0, 0, 0]
+        assert all(rows[name][FRECHET] >= 0 for name in names)  # of a judge that has learned next to nothing
         assert rows["truth"]["PSNR"] == [99, 99, 99] and rows["truth"]["colour"][0] == 100
         assert all(row["changed"] == 0 for row in rows.values())
         assert len({str(rows[name]["PSNR"]) for name in names}) == 6  # no row is another's
@@ -440,7 +485,7 @@ def test_guidance_is_chosen_on_val(command):
 @pytest.mark.parametrize(
     "flags",
     ["--steps 1", "--steps 501", "--guidance -1", "--guidance nan", "--grid plms", "--grid euler:20", "--guidances a",
-     "--samples 1", "--batch-size 0", "--judge-steps 0", "--sheet sheet.jpg", "--out no/folder.json", "--data vitonhd"],
+     "--samples 1", "--samples 0", "--batch-size 0", "--keep kept", "--generated made", "--judge-steps 0", "--sheet sheet.jpg", "--out no/folder.json", "--data vitonhd"],
 )  # fmt: skip
 def test_wrong_input_is_refused_before_any_work(command, flags, monkeypatch):
     monkeypatch.setattr(generation, "Cases", lambda *_: pytest.fail("work was begun"))
@@ -514,31 +559,9 @@ class Oracle:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory, world) -> Path:
-    """A folder of random weights for a preset "tiny" that is smaller still, and reads 128x96 pictures at 64x48."""
+def weights(tmp_path_factory) -> Iterator[Path]:
     patch = pytest.MonkeyPatch()
-    cfg = replace(
-        TINY,
-        vit=replace(TINY.vit, image_size=(64, 64), patch_size=16, depth=1),
-        qformer=replace(TINY.qformer, depth=2, queries=4),
-        unet=replace(TINY.unet, channel_mult=(1, 2, 2)),
-        picture=(64, 48),
-    )
-    patch.setitem(PRESETS, "tiny", cfg)
-    folder = tmp_path_factory.mktemp("weights")
-    model = randomise(UniFashion(cfg), 0).float()
-    for part in ("vit", "vae"):
-        save_file(
-            {k: v.contiguous() for k, v in getattr(model, part).state_dict().items()},
-            folder / f"{part}.safetensors",
-        )
-    learned = runs.learned_state(
-        model, ["qformer", "image_adapter", "style_adapter", "null_context", "unet", "garment"]
-    )
-    save_file({k: v.contiguous() for k, v in learned.items()}, folder / "model.safetensors")
-    vocab = build_vocab([" ".join(toy.PALETTE)])
-    (folder / "bert_vocab.txt").write_text("\n".join(vocab) + "\n")
-    yield folder
+    yield write_weights(tmp_path_factory.mktemp("weights"), patch)
     patch.undo()
 
 

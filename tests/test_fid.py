@@ -201,6 +201,7 @@ def test_too_few_pictures_are_refused_and_few_are_warned_of(capsys: pytest.Captu
     assert capsys.readouterr().err == ""
     fid(a, b)
     assert capsys.readouterr().err.startswith("warning: FID of 300 and 250 pictures is biased")
+    assert fid(a, b, quiet=True) == fid(a, b) and capsys.readouterr().err.count("warning") == 1
     assert caution(2000, 2032) is None
     assert "1999 and 2032" in caution(1999, 2032)
     big = np.random.default_rng(0).standard_normal((2000, 4))
@@ -262,6 +263,8 @@ def test_features_are_in_order_whatever_the_batch():
     pictures = [np.full((5, 4, 3), value, np.uint8) for value in (0, 128, 255, 64, 32)]
     for batch in (1, 2, 5, 100):
         found = features(iter(pictures), Means(), batch, quiet=True)
+        called = features([lambda x=x: x for x in pictures], Means(), batch, quiet=True)
+        assert np.array_equal(called, found)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found[:, 0], (np.array([0, 128, 255, 64, 32]) - 128) / 128, atol=1e-6)
 

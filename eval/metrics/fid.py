@@ -59,18 +59,21 @@ def centred(x: Tensor) -> Tensor:
 
 
 def features(
-    pictures: Iterable[Image.Image | Array],
+    pictures: Iterable[Image.Image | Array | Callable[[], Image.Image]],
     network: InceptionV3,
     batch: int = 32,
     device: str | torch.device = "cpu",
     quiet: bool = False,
 ) -> Array:
     """
-    (n,2048) float32, in the pictures' order. They are taken as they are needed: a generator is never held as a whole.
+    (n,2048) float32, in the pictures' order. They are taken as they are needed: a generator is never held as a whole. What is
+    no picture is called, and gives one: several are then opened at a time, in threads.
 
-    Raises UserError if there is no picture, or if a feature is not finite.
+    Raises UserError if there is no picture, if any cannot be opened, or if a feature is not finite.
     """
-    return _features(pictures, clean_resize, network, batch, device, quiet)
+    return _features(
+        pictures, lambda x: clean_resize(x() if callable(x) else x), network, batch, device, quiet
+    )
 
 
 def folder_features(
@@ -136,14 +139,14 @@ def _features(
 # FID
 
 
-def fid(a: Array, b: Array) -> float:
+def fid(a: Array, b: Array, quiet: bool = False) -> float:
     """
     Features (n,d) and (m,d) -> |mean_a - mean_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^1/2), in float64, of the Gaussians fitted to
     them. Numbers of pictures may differ, and may be smaller than d.
 
-    Raises UserError if there are fewer than 2 of either; fewer than `FEW` are warned of on stderr.
+    Raises UserError if there are fewer than 2 of either; fewer than `FEW` are warned of on stderr, unless `quiet`.
     """
-    if warning := caution(len(a), len(b)):
+    if (warning := caution(len(a), len(b))) and not quiet:
         print(f"warning: {warning}", file=sys.stderr)
     return _frechet(*_mean_and_root(a), *_mean_and_root(b))
 

@@ -21,7 +21,6 @@ no width where all cases agree: 500 of 500 still leaves room for about 0.7 %).
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -49,6 +48,7 @@ from unifashion.data.mgd import MGD
 from unifashion.diffusion import SAMPLERS
 from unifashion.model import UniFashion
 from unifashion.preprocess import check_png_path, paste, to_uint8, unet_image
+from unifashion.search import qformer_hash
 from unifashion.tokenizers import WordPiece, blip_caption
 from unifashion.tryon import garment_tensors, person_tensors
 from weights.load import learned_file, load_unifashion, sha256, tokenizer
@@ -254,15 +254,6 @@ def table(condition: str, result: dict) -> str:
             cells += [f"{figures['changed']:>10}", f"{figures['seconds']:>10.3f}"]
         lines.append(f"{name:<33}" + "".join(cells))
     return "\n".join(lines)
-
-
-def qformer_hash(model: UniFashion) -> str:
-    """sha256 of the Q-Former's names, shapes and values, in bfloat16: whatever dtype the model runs in, the same."""
-    h = hashlib.sha256()
-    for name, tensor in sorted(model.qformer.state_dict().items()):
-        values = tensor.cpu().bfloat16().contiguous().view(torch.int16).numpy()
-        h.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
-    return h.hexdigest()
 
 
 def save_sheet(cases: Cases, outputs: list[list[np.ndarray]], path: Path) -> None:

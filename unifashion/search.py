@@ -10,6 +10,7 @@ candidate. They are computed in float32 at least, whatever autocast says, and a 
 nothing but the candidates and the scores themselves grows with their number.
 """
 
+import hashlib
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,15 @@ from torch import Tensor
 from unifashion.model import UniFashion
 
 BLOCK = 2**26  # numbers that are compared at a time: 256 MB
+
+
+def qformer_hash(model: UniFashion) -> str:
+    """sha256 of the Q-Former's names, shapes and values, in bfloat16: whatever dtype the model runs in, the same."""
+    h = hashlib.sha256()
+    for name, tensor in sorted(model.qformer.state_dict().items()):
+        values = tensor.cpu().bfloat16().contiguous().view(torch.int16).numpy()
+        h.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
+    return h.hexdigest()
 
 
 def image_embeddings(model: UniFashion, pictures: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ The header's metadata name what made it and hold two hashes: of items.jsonl, and
 files belong together or are refused. Both are written under other names, then renamed, embeddings first: between the two
 renames the items that belong to them lie in items.jsonl.new, where they are found.
 
-float16: half the disk, and on CPUs a search in half the time; of unit vectors it takes 3e-4 of a number at most, and 2e-5 of
-a score in general.
+float16: half the disk, and on CPUs a search in half the time. Of the tiny model's 1,500 garments of ToyFashion it changes scores
+by 4e-5 (root mean square; at most 2e-4), and no recall and no first place.
 """
 
 import hashlib
@@ -201,7 +201,7 @@ def check_same(folder: Path, about: dict[str, str], wanted: dict[str, str], else
     for key, value in wanted.items():
         if about.get(key) != value:
             had, has = (x[:24] or "none" for x in (about.get(key, ""), value))
-            raise UserError(f"{folder} was made with another {key} ({had}, not {has}): {else_}")
+            raise UserError(f"{folder} was made with {key} {had}, not {has}: {else_}")
 
 
 def _tensor(numbers: np.ndarray, shape: list[int]) -> Tensor:

@@ -89,14 +89,17 @@ class Catalog:
             found = json.loads(raw[8:])
             about = found.pop("__metadata__")
             shapes = {name: found[name]["shape"] for name in found}
-            whole = raw == header(about, shapes)
+            size -= len(raw) + 2 * sum(map(math.prod, shapes.values()))
+            whole = raw == header(about, shapes) and size == 0 and {"items", "sha256"} <= about.keys()
+            whole = whole and all(isinstance(value, str) for value in about.values())
+            n, _, _ = shapes["images"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             about, whole = {}, False
         if about and about.get("catalogue") != VERSION:
             raise UserError(f"{self.folder} is a catalogue of another version of this program: index anew")
-        if not whole or size != len(raw) + 2 * sum(map(math.prod, shapes.values())):
+        if not whole:
             raise UserError(f"{self.file} is damaged, or no catalogue's: delete {self.folder} and index anew")
-        if not shapes["images"][0]:
+        if not n:
             raise UserError(f"{self.folder} is a catalogue of no pictures")
         return about, shapes, len(raw)
 

@@ -74,7 +74,7 @@ def found_sheet(
     """
     What was asked for, framed, then what was found, a caption of two lines below each; a grey box where a picture is missing.
 
-    Letters that Pillow's own font lacks, such as all that are not Latin, are shown as "?".
+    Letters that Pillow's own font lacks lose their accents, or are shown as "?".
     """
     cell, below, across = 200, 40, 6
     cells = [asked, *found]
@@ -98,10 +98,13 @@ def found_sheet(
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """What of a line can be drawn, and has room: the end of a longer one is left out."""
     nothing = bytes(font.getmask("\U0010ffff"))
-    shown = "".join(
-        c if c == " " or (c.isprintable() and bytes(font.getmask(c)) != nothing) else "?"
-        for c in unicodedata.normalize("NFC", text[:200])
-    )
+
+    def drawn(c: str) -> str:
+        plain = unicodedata.normalize("NFD", c)[0]  # without its accent
+        known = (x for x in (c, plain) if x == " " or (x.isprintable() and bytes(font.getmask(x)) != nothing))
+        return next(known, "?")
+
+    shown = "".join(map(drawn, unicodedata.normalize("NFC", text[:200])))
     if font.getlength(shown) <= width:
         return shown
     while shown and font.getlength(shown + "...") > width:

@@ -283,7 +283,7 @@ def time_searches(sizes: list[int], shape: tuple[int, int], repeats: int, device
             for kind in KINDS:
                 steps[kind]()
             above = (peak_memory(CPU) - size) / 1e6
-            rounds = measure(steps, repeats, device)
+            rounds = measure(steps, repeats if n > 50_000 else 9 * repeats, device)
             for kind in KINDS:
                 ours, plain = (
                     statistics.median(r.seconds for r in rounds[k]) for k in (kind, f"{kind}, product")

@@ -243,6 +243,8 @@ def search(args: argparse.Namespace) -> None:
         notes += told
     if args.top > len(catalog):
         notes.append(f"--top is {args.top}, and there are {len(catalog)} pictures: these are all")
+    if picture and text and catalog.captions is None:
+        notes.append("the catalogue has no captions: pictures alone are compared")
     catalog.verify(args.quiet)
 
     training.fast_malloc()
@@ -250,7 +252,7 @@ def search(args: argparse.Namespace) -> None:
     check_same(args.catalog, catalog.about, {"qformer sha256": qformer_hash(model)}, otherwise)
     start = time.perf_counter()
     query = query_embedding(model, picture, text)
-    found = catalog.find(query, args.top, args.image is not None and text is not None, device)
+    found = catalog.find(query, args.top, bool(picture and text), device)
     seconds = time.perf_counter() - start
     if args.sheet:
         notes += catalog.save_sheet(args.text or "", picture, found, args.sheet)

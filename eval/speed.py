@@ -18,9 +18,9 @@ the clock; on CUDA it is the cost of starting the kernels.
 A caption: 64 tokens, greedily, after a prompt of 64 embeddings, by a Llama of 12 layers and width 1024 with the same random
 weights in both, in batches of 1 and 8; in float32, on CUDA in bfloat16. In float32 both have to write the same tokens.
 
-A search: `Catalog.find` of the first 10 in catalogues of random unit vectors, in files as `infer.py index` writes them, which the
-first, untimed round brings into memory. Beside it `torch.mv` of all that is stored for the pictures, as it is stored (float16),
-with the query: it reads the same bytes and says nothing of an order. Memory is the whole process's peak in three searches,
+A search: `Catalog.find` of the first 10 in catalogues of random unit vectors, in files as `infer.py index` writes them, which an
+untimed round brings into memory. Beside it `torch.mv` of all that is stored for the pictures, as it is stored (float16),
+with the query: it reads the same bytes and says nothing of an order; "ratio" is of times on the clock, "CPU" of CPU s. Memory is the whole process's peak in three searches,
 Python and torch included, less the catalogue's file, which is mapped. "open" and "check" are what `infer.py search` does before:
 reading items.jsonl, and, if it has not seen this file before, its hash.
 """
@@ -266,7 +266,7 @@ def most_that_fit(folder: Path, bytes_each: int) -> int:
 
 def time_searches(sizes: list[int], shape: tuple[int, int], repeats: int, device: torch.device) -> None:
     """Print a row for each number of pictures and kind of query."""
-    print(f"{'pictures':>9}  {'query':<9}{'MB':>8}{'s':>9}{'product, s':>12}{'ratio':>7}{'us/picture':>12}"
+    print(f"{'pictures':>9}  {'query':<9}{'MB':>8}{'s':>9}{'product, s':>12}{'ratio':>7}{'CPU':>7}{'us/picture':>12}"
           f"{'MB above':>10}{'open, s':>9}{'check, s':>10}")  # fmt: skip
     for n in sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -285,12 +285,13 @@ def time_searches(sizes: list[int], shape: tuple[int, int], repeats: int, device
             above = (peak_memory(CPU) - size) / 1e6
             rounds = measure(steps, repeats if n > 50_000 else 9 * repeats, device)
             for kind in KINDS:
-                ours, plain = (
-                    statistics.median(r.seconds for r in rounds[k]) for k in (kind, f"{kind}, product")
-                )
+                found = rounds[kind], rounds[f"{kind}, product"]
+                ours, plain = (statistics.median(r.seconds for r in times) for times in found)
+                cpu, cpu_plain = (statistics.median(r.cpu_seconds for r in times) for times in found)
                 print(
                     f"{n:>9}  {kind:<9}{size / 1e6:>8.0f}{ours:>9.4f}{plain:>12.4f}{ours / plain:>7.2f}"
-                    f"{1e6 * ours / n:>12.2f}{above:>10.0f}{opened - start:>9.2f}{checked - opened:>10.2f}",
+                    f"{cpu / cpu_plain:>7.2f}{1e6 * ours / n:>12.2f}{above:>10.0f}"
+                    f"{opened - start:>9.2f}{checked - opened:>10.2f}",
                     flush=True,
                 )
 

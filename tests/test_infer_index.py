@@ -295,8 +295,10 @@ def test_a_line_without_its_record_is_not_believed(room: Path, capsys, monkeypat
         stop_at_batch(patch, 3)
         run(capsys, "index", "--images", "shop", "--out", "cat", code=130)
     os.truncate(room / "cat" / PART, (room / "cat" / PART).stat().st_size - 3)
+    (room / "cat" / f"{EMBEDDINGS}.new").write_bytes(b"half")
     assert index(room, capsys)["embedded"] == 3
     assert_same(room / "cat", room / "whole")
+    assert left_behind(room / "cat") == {EMBEDDINGS, ITEMS, LOCAL}
 
 
 def test_killed_at_any_point_it_ends_as_if_it_had_not_been(room: Path, capsys, monkeypatch):
@@ -352,7 +354,7 @@ def test_kill_9_at_random_moments_leaves_the_catalogue_of_an_undisturbed_run(tmp
         print(f"killed with {part.read_bytes().count(10) - 1 if part.exists() else 'all'} of 1000 done")
     assert process.returncode == 0 and kills >= 3
     assert_same(cat, tmp_path / "whole")
-    assert left_behind(cat) == {EMBEDDINGS, ITEMS, LOCAL}
+    assert left_behind(cat) - {"checked.json"} == {EMBEDDINGS, ITEMS, LOCAL}
 
 
 def test_two_runs_do_not_write_at_once(room: Path, capsys):
@@ -403,7 +405,10 @@ def test_what_is_found_is_the_order_of_the_scores(room: Path, capsys):
         assert len(out) == 3
     assert len(orders) == 3
     without = search.composed_scores(e_cls, found.images)[0]
-    told, _ = find(room, capsys, "--image", "query.png", "--text", "a red dress", name="plain")
+    both = ("--image", "query.png", "--text", "a red dress")
+    assert "no captions" not in find(room, capsys, *both, quiet=False)[1]
+    told, err = find(room, capsys, *both, name="plain", quiet=False)
+    assert "note: the catalogue has no captions: pictures alone are compared\n" in err
     assert [one["path"] for one in told] == [PATHS[i] for i in without.argsort(descending=True)]
     assert "caption" not in told[0]
 

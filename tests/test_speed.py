@@ -113,7 +113,7 @@ def test_searching_prints_each_kind_beside_the_product_of_the_same_bytes(capsys)
     out = capsys.readouterr().out
     for n in (1000, 2000):
         rows = re.findall(
-            rf"^ *{n}  (text|picture|both) +\S+ +(\S+) +(\S+) +(\S+) +\S+ +(\S+) +\S+ +\S+$",
+            rf"^ *{n}  (text|picture|both) +\S+ +(\S+) +(\S+) +(\S+) +\S+ +\S+ +(\S+) +\S+ +\S+$",
             out,
             re.MULTILINE,
         )

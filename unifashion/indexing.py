@@ -278,6 +278,8 @@ def index(
             _write(out, about, shape, old, part, found, [rows[sha] for _, sha in found])
         _write_local(out, folder, items)
         part.remove()
+        for name in (EMBEDDINGS, ITEMS):  # of a run that was killed, whose pictures are no more
+            (out / f"{name}.new").unlink(missing_ok=True)
     kept = sum(before[path]["sha256"] == sha for path, sha in found if path in before)
     dropped = len(before.keys() - dict(found).keys())
     return Report(len(found), len(found) - kept, len(part) - begun, dropped, skipped)

@@ -18,11 +18,11 @@ the clock; on CUDA it is the cost of starting the kernels.
 A caption: 64 tokens, greedily, after a prompt of 64 embeddings, by a Llama of 12 layers and width 1024 with the same random
 weights in both, in batches of 1 and 8; in float32, on CUDA in bfloat16. In float32 both have to write the same tokens.
 
-A search: `Catalog.find` of the first 10 in catalogues of random unit vectors, in files as `infer.py index` writes them, which an
-untimed round brings into memory. Beside it `torch.mv` of all that is stored for the pictures, as it is stored (float16),
-with the query: it reads the same bytes and says nothing of an order; "ratio" is of times on the clock, "CPU" of CPU s. Memory is the whole process's peak in three searches,
-Python and torch included, less the catalogue's file, which is mapped. "open" and "check" are what `infer.py search` does before:
-reading items.jsonl, and, if it has not seen this file before, its hash.
+A search: `Catalog.find` of the first 10 in catalogues of random unit vectors, in files as `infer.py index` writes them, which
+an untimed round brings into memory. Beside it `torch.mv` of all that is stored for the pictures, as it is stored (float16),
+with the query: it reads the same bytes and says nothing of an order. "ratio" is of times on the clock, "CPU" of CPU s. Memory
+is the whole process's peak in three searches, Python and torch included, less the catalogue's file, which is mapped. "open"
+and "check" are what `infer.py search` does before: reading items.jsonl, and, if it has not seen this file before, its hash.
 """
 
 import platform

@@ -55,7 +55,7 @@ FAULTS = {
     "no room for the rough scores' errors": ("best", "- 2 * off", "- 0 * off"),
     "ties from behind": ("best", ".nonzero()[:, 0]", ".nonzero()[:, 0].flip(0)"),
     "in float32": ("_exact", "(images[some].double() * query)", "(images[some].float() * query.float())"),
-    "a mean for the best": ("_exact", "products.amax(-1)", "products.mean(-1)"),
+    "a mean for the best": ("_exact", "products.amax(1)", "products.mean(1)"),
     "no captions": ("_exact", "scores + w * (captions[some]", "scores + 0 * (captions[some]"),
     "no captions, roughly": ("_rough", "found += w *", "found += 0 * w *"),
     "the last block left out": ("_rough", "range(0, n, size)", "range(0, n - size, size)"),

@@ -171,7 +171,7 @@ def _exact(query: Tensor, images: Tensor, captions: Tensor | None, w: float, som
     products = (images[some].double() * query).sum(-1)
     if query.ndim == 2:
         return products.mean(-1)
-    scores = products.amax(-1)
+    scores = products.amax(1)
     return scores if captions is None else scores + w * (captions[some].double() * query).sum(-1)
 
 

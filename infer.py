@@ -4,9 +4,12 @@
     python infer.py tryon --person person.jpg --sketch sketch.png --text "red, long sleeves, v-neck" --out out.png
     python infer.py caption --image cloth.jpg another.jpg --style fashion200k
     python infer.py caption --image fashioniq/images --style fashioniq-cap --out fashioniq/captions.jsonl
+    python infer.py index --images photos --out catalog
+    python infer.py search --catalog catalog --image cloth.jpg --text "is red" --sheet found.png
 
 Exit codes: 0 done; 2 the input is wrong: one line says what, and nothing is written (of many
-captions, those that were done are kept beside --out, for the next run); 130 stopped by Ctrl-C; 1 a bug.
+captions, or pictures that are indexed, those that were done are kept for the next run); 130 stopped
+by Ctrl-C; 1 a bug.
 What needs torch is imported where it is used, so that `--help` and a mistyped flag answer at once.
 """
 
@@ -25,13 +28,9 @@ from unifashion import Parser, UserError
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
-    from torch import Tensor
 
     from unifashion.caption import Caption
     from unifashion.config import UniFashionConfig
-    from unifashion.model import UniFashion
-    from unifashion.tokenizers import WordPiece
 
 BATCH = 16  # pictures whose captions are written at a time
 
@@ -43,6 +42,7 @@ def tryon(args: argparse.Namespace) -> None:
 
     from unifashion import preprocess, training
     from unifashion.diffusion import timesteps
+    from unifashion.tryon import draw, pasted, read_inputs, read_mask
     from weights.load import folder_of, load_unifashion, tokenizer
 
     notes: list[str] = []  # what was decided for the user
@@ -64,8 +64,7 @@ def tryon(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     model = load_unifashion(args.preset, args.weights, device, dtype)
     loaded = time.perf_counter()
-    if not args.quiet:
-        print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
+    tell(args, notes)
     pictures = draw(model, inputs, args)
     drawn = time.perf_counter()
     for path, picture in zip(outs, pictures, strict=True):
@@ -90,16 +89,13 @@ def caption(args: argparse.Namespace) -> None:
     from unifashion import training
     from unifashion.caption import CaptionFile, check_search, pictures_of, write_captions
     from unifashion.preprocess import qformer_image, read_image
-    from weights.load import LLMS, folder_of, learned_file, llm_tokenizer, load_unifashion, sha256, wanted
+    from weights.load import captioner, llm_tokenizer, load_unifashion, sha256
 
     notes: list[str] = []
     cfg, device, dtype = settle(args, notes)
-    learned = learned_file(args.preset, args.weights)
     words = llm_tokenizer(args.preset, args.weights)
     check_search(cfg, words, args.style, args.max_tokens, args.beams)
-    by = f"{args.model} {args.preset} {sha256(learned)[:12]}" + f" beams {args.beams}" * (args.beams > 1)
-    if args.preset == "full":  # whose LLM is one of several
-        by += f" {wanted(args.preset, folder_of(args.preset, args.weights), *LLMS).name}"
+    by = captioner(args.preset, args.weights) + f" beams {args.beams}" * (args.beams > 1)
     named = pictures_of(args.image)
     # Beside a file pictures are told from there: however the command is said, a picture has one name.
     told = {path: os.path.relpath(path, args.out.parent) if args.out else str(path) for path in named}
@@ -132,8 +128,7 @@ def caption(args: argparse.Namespace) -> None:
     model = (
         load_unifashion(args.preset, args.weights, device, dtype, draws=False, writes=True) if todo else None
     )
-    if not args.quiet:
-        print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
+    tell(args, notes)
     written: list[Caption] = []
     seconds, size = 0.0, max(1, BATCH // args.beams)
     with tqdm(total=len(todo), desc="captions", unit="picture", disable=args.quiet) as bar:
@@ -176,6 +171,114 @@ def caption(args: argparse.Namespace) -> None:
         print(
             f"{tokens} tokens in {seconds:.2f} s, {used['tokens_per_second']} a second{cut}", file=sys.stderr
         )
+
+
+def index(args: argparse.Namespace) -> None:
+    """Make a catalogue of the pictures in a folder, and in the folders within it, for search; or bring one up to date."""
+    from functools import partial
+
+    from unifashion import indexing, training
+    from unifashion.caption import check_search
+    from unifashion.catalog import VERSION
+    from unifashion.search import qformer_hash
+    from weights.load import captioner, llm_tokenizer, load_unifashion, tokenizer
+
+    notes: list[str] = []
+    cfg, device, dtype = settle(args, notes)
+    indexing.pictures_under(args.images)  # to complain now, rather than when the model is loaded
+    indexing.check_out(args.out)
+    words, llm = tokenizer(args.preset, args.weights), None
+    if args.captions:
+        llm = llm_tokenizer(args.preset, args.weights)
+        check_search(cfg, llm, args.captions, max_tokens=128, beams=1)
+    tell(args, notes)
+
+    training.fast_malloc()
+    start = time.perf_counter()
+    model = load_unifashion(args.preset, args.weights, device, dtype, draws=False, writes=bool(args.captions))
+    about = {"catalogue": VERSION, "preset": args.preset, "qformer sha256": qformer_hash(model)}
+    about |= {"dtype": args.dtype, "captions": args.captions or "", "captioner": ""}
+    if args.captions:
+        about["captioner"] = captioner(args.preset, args.weights)
+    see = partial(indexing.embed, model, words=words, llm=llm, style=args.captions)
+    shape = cfg.qformer.queries, cfg.qformer.embed_dim
+    done = indexing.index(args.images, args.out, about, shape, cfg.vit.image_size[0], see, args.quiet)
+    print(*(f"skipped: {why}\n" for why in done.skipped), sep="", end="", file=sys.stderr)
+    used = {"catalog": str(args.out), **done._asdict(), "device": args.device, **about}
+    used |= {"seconds": round(time.perf_counter() - start, 2), "notes": notes}
+    if args.json:
+        print(json.dumps(used))
+    elif not args.quiet:
+        told = f"{done.pictures} pictures in {args.out}: {done.new} new, {done.dropped} dropped"
+        print(told + f"; {len(done.skipped)} skipped" * bool(done.skipped), file=sys.stderr)
+
+
+def search(args: argparse.Namespace) -> None:
+    """Find pictures of a catalogue by a text, by a picture, or by a picture and what is to be different."""
+    if args.text is None and args.image is None:
+        raise UserError("say what is looked for: --text, --image, or both")
+    if args.top < 1:
+        raise UserError(f"--top is {args.top}, must be at least 1")
+
+    from unifashion import preprocess, training
+    from unifashion.catalog import Catalog, check_same
+    from unifashion.search import qformer_hash, query_embedding
+    from unifashion.tokenizers import read_query
+    from weights.load import load_unifashion, tokenizer
+
+    notes: list[str] = []
+    cfg, device, dtype = settle(args, notes)
+    if args.sheet:
+        preprocess.check_png_path(args.sheet)
+        if args.image and args.sheet.exists() and args.image.exists() and args.sheet.samefile(args.image):
+            raise UserError(f"{args.sheet} is the picture that is looked for: give --sheet another name")
+    catalog = Catalog(args.catalog)
+    otherwise = "search with the model that made it, or index the pictures anew with this one"
+    check_same(args.catalog, catalog.about, {"preset": args.preset}, otherwise)
+    picture = preprocess.read_image(args.image) if args.image else None
+    text = None
+    if args.text is not None:
+        words = tokenizer(args.preset, args.weights)
+        *text, told = read_query(words, args.text, cfg.qformer.max_text, args.preset == "tiny")
+        notes += told
+    if args.top > len(catalog):
+        notes.append(f"--top is {args.top}, and there are {len(catalog)} pictures: these are all")
+    if picture and text and catalog.captions is None:
+        notes.append("the catalogue has no captions: pictures alone are compared")
+    catalog.verify(args.quiet)
+
+    training.fast_malloc()
+    model = load_unifashion(args.preset, args.weights, device, dtype, draws=False)
+    check_same(args.catalog, catalog.about, {"qformer sha256": qformer_hash(model)}, otherwise)
+    start = time.perf_counter()
+    query = query_embedding(model, picture, text)
+    found = catalog.find(query, args.top, bool(picture and text), device)
+    seconds = time.perf_counter() - start
+    if args.sheet:
+        notes += catalog.save_sheet(args.text or "", picture, found, args.sheet)
+    tell(args, notes)
+    if args.json:
+        used = {
+            "catalog": str(args.catalog),
+            "pictures": len(catalog),
+            "images": str(catalog.pictures() or ""),
+        }
+        used |= {"text": args.text, "image": args.image and str(args.image), "device": args.device}
+        used |= {"seconds": round(seconds, 4), "notes": notes}
+        return print(json.dumps({"found": found, **used}))
+    for one in found:
+        caption = f"  {plain(one['caption'])}" if "caption" in one else ""
+        print(f"{one['rank']:>3}  {one['score']:.4f}  {plain(one['path'])}{caption}")
+
+
+def tell(args: argparse.Namespace, notes: list[str]) -> None:
+    if not args.quiet:
+        print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
+
+
+def plain(text: str) -> str:
+    """On one line, whatever is in a name or a caption."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def settle(args: argparse.Namespace, notes: list[str]) -> tuple[UniFashionConfig, torch.device, torch.dtype]:
@@ -221,122 +324,6 @@ def result_paths(args: argparse.Namespace) -> list[Path]:
         if out.exists() and any(path and os.path.exists(path) and out.samefile(path) for path in inputs):
             raise UserError(f"{out} is an input and would be overwritten: give --out another name")
     return outs
-
-
-def read_mask(args: argparse.Namespace, size: tuple[int, int], notes: list[str]) -> tuple[Image.Image, str]:
-    """-> the mask, L, of the person's (width, height), 255 = repaint; and where it is from."""
-    from unifashion.preprocess import mask_from_box, mask_from_file, torso_mask
-
-    if args.mask is not None:
-        return mask_from_file(args.mask, size), str(args.mask)
-    if args.box is not None:
-        return mask_from_box(args.box, size), "box " + ",".join(map(str, args.box))
-    mask = torso_mask(size)
-    source = "torso box " + ",".join(map(str, mask.getbbox()))
-    notes.append(f"no --mask and no --box: the {source} is repainted")
-    return mask, source
-
-
-def read_inputs(
-    args: argparse.Namespace,
-    person: Image.Image,
-    mask: Image.Image,
-    cfg: UniFashionConfig,
-    words: WordPiece,
-    notes: list[str],
-) -> dict[str, Tensor]:
-    """`person_tensors` and `garment_tensors` of what is asked for, and of a text ids and text_mask (t,): a batch of one."""
-    from PIL import ImageOps, ImageStat
-
-    from unifashion.preprocess import read_image
-    from unifashion.tokenizers import blip_caption
-    from unifashion.tryon import garment_tensors, person_tensors
-
-    if args.cloth:
-        garment = read_image(args.cloth)
-    else:  # lines on glass may be dark or bright: on the ground that shows them better
-        grounds = [read_image(args.sketch, ground).convert("L") for ground in ("white", "black")]
-        garment = max(grounds, key=lambda x: ImageStat.Stat(x).stddev[0])
-        if len(set(garment.getextrema())) == 1:
-            raise UserError(f"{args.sketch}: a sketch without a line in it")
-        if ImageStat.Stat(garment).mean[0] > 127.5:
-            garment = ImageOps.invert(garment)
-            notes.append(
-                f"{args.sketch} is dark on white: inverted, since the model knows sketches bright on black"
-            )
-        garment = garment.convert("RGB")
-    pose = None
-    if args.pose:
-        pose = read_image(args.pose, background="black")
-        if abs(pose.width * mask.height / (pose.height * mask.width) - 1) > 0.02:  # as masks
-            sizes = f"{pose.width}x{pose.height} does not fit a person of {mask.width}x{mask.height}"
-            raise UserError(f"{args.pose}: a pose of {sizes}")
-        pose = pose.resize(mask.size)
-    inputs = person_tensors(person, mask, pose, cfg) | garment_tensors(garment, args.sketch is not None, cfg)
-    inputs = {name: x[None] for name, x in inputs.items()}
-    if args.text is not None:
-        text = blip_caption(args.text, max_words=len(args.text))
-        if not words.tokenize(text):
-            raise UserError("--text is empty: say what the garment is like, or leave it out")
-        if words.is_cut(text, cfg.qformer.max_text) or blip_caption(text) != text:
-            notes.append(f"--text is too long: the model reads its first {cfg.qformer.max_text - 2} tokens")
-        cut = {w: any(t[:2] == "##" or t == "[UNK]" for t in words.tokenize(w)) for w in text.split()}
-        if args.preset == "tiny" and any(cut.values()):
-            notes.append(f"tiny does not know the words {', '.join(w for w in cut if cut[w])}")
-        inputs["ids"], inputs["text_mask"] = words.encode([blip_caption(text)], cfg.qformer.max_text)
-    return inputs
-
-
-def encode(model: UniFashion, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """-> scene (1,9,y,x), context (1,32,768) and hint (1,4,y,x), as `objectives.tryon` has them."""
-    dtype = model.dtype
-    x = {k: v.to(model.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
-    pose = model.vae.encode(x["pose"]) if "pose" in x else None
-    scene = model.scene(model.vae.encode(x["agnostic"]), x["keep"], pose)
-    context = model.context(model.see(x["picture"]), x.get("ids"), x.get("text_mask"))
-    return scene, context, model.vae.encode(x["hint"])
-
-
-def draw(model: UniFashion, inputs: dict[str, Tensor], args: argparse.Namespace) -> list[Tensor]:
-    """`args.num` pictures (3,y,x), about [-1,1], float32 on the CPU. The noise of picture i is seeded by (seed, i)."""
-    import torch
-    from tqdm import tqdm
-
-    from unifashion.training import seeded
-
-    shape = (model.cfg.vae.latent_channels, *model.cfg.latent)
-    noise = torch.stack(
-        [torch.randn(shape, generator=seeded("tryon", args.seed, i)) for i in range(args.num)]
-    )
-    conditions = [x.expand(args.num, *x.shape[1:]) for x in encode(model, inputs)]
-    latents = model.sample(noise.to(model.device), *conditions, args.steps, args.sampler, args.guidance)
-    # The last latent is all we need; to look at one in between would wait for the device at every step.
-    *_, latent = tqdm(latents, total=args.steps, desc="sampling", unit="step", disable=args.quiet)
-    if not latent.isfinite().all():
-        raise UserError("the numbers overflow: --guidance is too high, or a file of weights is damaged")
-    # One at a time: at full size the decoder needs more memory than the sampler.
-    return [model.vae.decode(z[None].to(model.dtype))[0].float().cpu() for z in latent]
-
-
-def pasted(
-    picture: Tensor,
-    person: Image.Image,
-    mask: Image.Image,
-    box: tuple[int, int, int, int],
-    canvas: tuple[int, int],
-) -> Image.Image:
-    """What the network drew of the whole canvas -> the person, at its own size, with it where the mask is white."""
-    import numpy as np
-    from PIL import Image
-
-    from unifashion.preprocess import crop_back, paste, to_uint8
-
-    drawn = crop_back(Image.fromarray(to_uint8(picture)), box, canvas)
-    result = Image.fromarray(paste(np.array(person), np.array(drawn), np.array(mask)))
-    profile = person.info.get("icc_profile") or b""
-    if profile[16:20] == b"RGB ":  # without it, a phone's photograph would change its colours
-        result.info["icc_profile"] = profile
-    return result
 
 
 def four_numbers(text: str) -> tuple[int, ...]:
@@ -413,6 +400,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="a .jsonl, a line a picture, until all are done beside it as .part; pictures whose caption is in either "
         "are left out (default: the terminal)",
     )
+    common_arguments(p)
+
+    p = commands.add_parser("index", help=index.__doc__, description=index.__doc__)
+    p.set_defaults(run=index)
+    help_ = "folder of pictures, and of folders of pictures; broken ones are skipped and named"
+    p.add_argument("--images", type=Path, required=True, help=help_)
+    help_ = "the catalogue, a folder; what is in it already is not embedded again, what is no more is dropped"
+    p.add_argument("--out", type=Path, required=True, help=help_)
+    help_ = "write a caption of each picture, too, which composed search reads (default style fashiongen)"
+    p.add_argument("--captions", nargs="?", const="fashiongen", metavar="STYLE", help=help_)
+    common_arguments(p)
+
+    p = commands.add_parser("search", help=search.__doc__, description=search.__doc__)
+    p.set_defaults(run=search)
+    p.add_argument("--catalog", type=Path, required=True, help="what index has made, with the same model")
+    p.add_argument("--text", help="what is looked for, or, with --image, what is to be different")
+    p.add_argument("--image", type=Path, help="a picture like those that are looked for")
+    p.add_argument("--top", type=int, default=10, help="how many are told (default %(default)s)")
+    p.add_argument("--sheet", type=Path, help="a .png: what was asked for and what was found, with scores")
     common_arguments(p)
     return top.parse_args(argv)
 

@@ -36,7 +36,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from eval.captions import METRICS, beside_the_paper, bleu4, cell, line, scores
-from eval.report import interval, qformer_hash, resampled, save_json, shuffled
+from eval.report import interval, resampled, save_json, shuffled
 from eval.truth import ATTRIBUTES, Said, garments_of, seen_in_training, truth
 from unifashion import Parser, UserError, runs, training
 from unifashion.caption import Caption, check_search, write_captions
@@ -47,6 +47,7 @@ from unifashion.data.texts import WRITERS, named
 from unifashion.data.toy import Garment
 from unifashion.model import UniFashion
 from unifashion.preprocess import qformer_image
+from unifashion.search import qformer_hash
 from unifashion.tokenizers import SentencePiece
 from weights.load import learned_file, llm_tokenizer, load_unifashion, sha256
 

@@ -49,7 +49,7 @@ from eval import judge as judging
 from eval import photos
 from eval.judge import ATTRIBUTES, COLUMNS, Judge
 from eval.metrics.fid import fid, fid_floor, kid_of_pairs
-from eval.report import interval, qformer_hash
+from eval.report import interval
 from eval.sampling import Setting, draw, read, through_vae
 from eval.truth import seen_in_training
 from unifashion import Parser, UserError, runs, sheets, training
@@ -59,6 +59,7 @@ from unifashion.data.mgd import MGD
 from unifashion.diffusion import SAMPLERS
 from unifashion.model import UniFashion
 from unifashion.preprocess import check_png_path, paste
+from unifashion.search import qformer_hash
 from unifashion.tokenizers import WordPiece
 from weights.load import learned_file, load_unifashion, sha256, tokenizer
 

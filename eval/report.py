@@ -4,7 +4,6 @@ Intervals are 95 %, by bootstrap: the cases are drawn again with replacement, a 
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -20,6 +19,7 @@ from torch import Tensor
 from unifashion import Parser, UserError, runs, training
 from unifashion.config import PRESETS
 from unifashion.model import UniFashion
+from unifashion.search import qformer_hash
 from unifashion.tokenizers import WordPiece
 from weights.load import learned_file, load_unifashion, sha256, tokenizer
 
@@ -82,15 +82,6 @@ def about_run(
         "model sha256": sha256(learned_file(args.preset, args.weights)),
         "seconds": round(time.perf_counter() - began, 1),
     }
-
-
-def qformer_hash(model: UniFashion) -> str:
-    """sha256 of the Q-Former's names, shapes and values, in bfloat16: whatever dtype the model runs in, the same."""
-    h = hashlib.sha256()
-    for name, tensor in sorted(model.qformer.state_dict().items()):
-        values = tensor.cpu().bfloat16().contiguous().view(torch.int16).numpy()
-        h.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
-    return h.hexdigest()
 
 
 def save_json(report: dict, path: Path) -> None:

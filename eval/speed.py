@@ -1,7 +1,8 @@
-"""How long ours takes, beside diffusers and transformers, taking turns in the same run.
+"""How long ours takes, beside diffusers, transformers and a plain product, taking turns in the same run.
 
     python -m eval.speed [--repeats 5] [--device cpu]          one step of the sampler
     python -m eval.speed write [--repeats 5] [--device cpu]    a caption
+    python -m eval.speed search [--repeats 5] [--device cpu]   a search: 1,000 pictures to the most that fit into memory
 
 A step:
 
@@ -16,25 +17,36 @@ the clock; on CUDA it is the cost of starting the kernels.
 
 A caption: 64 tokens, greedily, after a prompt of 64 embeddings, by a Llama of 12 layers and width 1024 with the same random
 weights in both, in batches of 1 and 8; in float32, on CUDA in bfloat16. In float32 both have to write the same tokens.
+
+A search: `Catalog.find` of the first 10 in catalogues of random unit vectors, in files as `infer.py index` writes them, which
+an untimed round brings into memory. Beside it `torch.mv` of all that is stored for the pictures, as it is stored (float16),
+with the query: it reads the same bytes and says nothing of an order. "ratio" is of times on the clock, "CPU" of CPU s. Memory
+is the whole process's peak in three searches, Python and torch included, less the catalogue's file, which is mapped. "open"
+and "check" are what `infer.py search` does before: reading items.jsonl, and, if it has not seen this file before, its hash.
 """
 
 import platform
 import resource
+import shutil
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from unifashion import Parser, UserError, training
 from unifashion.blocks import UNetConfig
+from unifashion.catalog import VERSION, Catalog, write
 from unifashion.config import FULL, TINY
 from unifashion.garment import GarmentEncoder
 from unifashion.llama import Llama, LlamaConfig, generate
@@ -42,7 +54,9 @@ from unifashion.unet import UNet
 from weights.llama import LLAMA
 from weights.rename import load_into
 
+CPU = torch.device("cpu")
 BATCH, TOKENS = 2, 32
+KINDS = ("text", "picture", "both")  # of what is looked for
 WRITER = LlamaConfig(dim=1024, depth=12, heads=16, mlp_dim=2816, context=512)
 Step = Callable[[], Tensor]
 
@@ -206,6 +220,82 @@ def report_writing(tokens: int, found: dict[int, dict[str, list[Round]]]) -> str
     return "\n".join(lines)
 
 
+def random_catalog(folder: Path, n: int, shape: tuple[int, int]) -> Catalog:
+    """n pictures, with captions, as (q,d) unit vectors."""
+    q, d = shape
+
+    def pieces() -> Iterator[np.ndarray]:
+        for width in (q, 1):  # pictures, then captions
+            for start in range(0, n, 512):
+                piece = torch.randn(min(512, n - start), width, d, generator=generator)
+                yield F.normalize(piece, dim=-1).half().numpy()
+
+    generator = torch.Generator().manual_seed(n)
+    items = ({"path": f"{i // 1000}/{i}.jpg", "sha256": f"{i:064x}", "caption": "a dress"} for i in range(n))
+    write(folder, {"catalogue": VERSION}, {"images": [n, q, d], "captions": [n, d]}, pieces(), items)
+    return Catalog(folder)
+
+
+def searches_of(catalog: Catalog, device: torch.device) -> dict[str, Step]:
+    """Name -> one search, and after each the plain product of the same bytes."""
+    n, q, d = catalog.images.shape
+    images, captions = catalog.images, catalog.captions
+    text = F.normalize(torch.randn(d), dim=-1).half()
+    picture = F.normalize(torch.randn(q, d), dim=-1).half()
+
+    def find(query: Tensor, composed: bool) -> Tensor:
+        return torch.tensor([x["score"] for x in catalog.find(query, 10, composed, device)])
+
+    rows, wide = images.view(n * q, d), images.view(n, q * d)
+    return {
+        "text": lambda: find(text, False),
+        "text, product": lambda: torch.mv(rows, text),
+        "picture": lambda: find(picture, False),
+        "picture, product": lambda: torch.mv(wide, picture.flatten()),
+        "both": lambda: find(text, True),
+        "both, product": lambda: (torch.mv(captions, text), torch.mv(rows, text))[1],
+    }
+
+
+def most_that_fit(folder: Path, bytes_each: int) -> int:
+    """How many pictures take three quarters of the memory, and of the disk, that nobody uses."""
+    free = {line.split(":")[0]: line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines()}
+    room = min(int(free["MemAvailable"]) * 1024, shutil.disk_usage(folder).free)
+    return int(0.75 * room / bytes_each / 1000) * 1000
+
+
+def time_searches(sizes: list[int], shape: tuple[int, int], repeats: int, device: torch.device) -> None:
+    """Print a row for each number of pictures and kind of query."""
+    print(f"{'pictures':>9}  {'query':<9}{'MB':>8}{'s':>9}{'product, s':>12}{'ratio':>7}{'CPU':>7}{'us/picture':>12}"
+          f"{'MB above':>10}{'open, s':>9}{'check, s':>10}")  # fmt: skip
+    for n in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            catalog = random_catalog(Path(folder), n, shape)
+            print(f"{n} pictures drawn in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+            start = time.perf_counter()
+            Catalog(Path(folder))
+            opened = time.perf_counter()
+            catalog.verify(quiet=True)
+            checked = time.perf_counter()
+            steps, size = searches_of(catalog, device), catalog.file.stat().st_size
+            forget_peak()
+            for kind in KINDS:
+                steps[kind]()
+            above = (peak_memory(CPU) - size) / 1e6
+            rounds = measure(steps, repeats if n > 50_000 else 9 * repeats, device)
+            for kind in KINDS:
+                found = rounds[kind], rounds[f"{kind}, product"]
+                ours, plain = (statistics.median(r.seconds for r in times) for times in found)
+                cpu, cpu_plain = (statistics.median(r.cpu_seconds for r in times) for times in found)
+                print(
+                    f"{n:>9}  {kind:<9}{size / 1e6:>8.0f}{ours:>9.4f}{plain:>12.4f}{ours / plain:>7.2f}"
+                    f"{cpu / cpu_plain:>7.2f}{1e6 * ours / n:>12.2f}{above:>10.0f}"
+                    f"{opened - start:>9.2f}{checked - opened:>10.2f}",
+                    flush=True,
+                )
+
+
 def machine(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         what = torch.cuda.get_device_name()
@@ -223,12 +313,20 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the GPU where there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    if Path("/proc/self/status").exists():  # what `forget_peak` forgets
+        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> None:
+    """This process's peak is what it has now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("what", nargs="?", choices=["draw", "write"], default="draw")
+    parser.add_argument("what", nargs="?", choices=["draw", "write", "search"], default="draw")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds; medians are reported")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
     parser.add_argument(
@@ -241,6 +339,12 @@ def main(argv: list[str] | None = None) -> None:
     training.fast_malloc()
     preset = TINY if args.tiny else FULL
     torch.manual_seed(0)
+    if args.what == "search":
+        print(machine(device, torch.float16), flush=True)
+        cfg = preset.qformer
+        most = most_that_fit(Path(tempfile.gettempdir()), 2 * (cfg.queries + 1) * cfg.embed_dim)
+        sizes = [1000, 2000] if args.tiny else [n for n in (1000, 10_000, 100_000) if n < most] + [most]
+        return time_searches(sizes, (cfg.queries, cfg.embed_dim), args.repeats, device)
     if args.what == "write":
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         print(machine(device, dtype), flush=True)

@@ -27,7 +27,7 @@ from eval.composed import (
     captions_of,
     judge,
 )
-from eval.report import qformer_hash, shuffled
+from eval.report import shuffled
 from eval.truth import look
 from tests.rooms import SMALL, write_weights
 from tests.worlds import world_of
@@ -36,6 +36,7 @@ from unifashion.config import PRESETS
 from unifashion.data import toy
 from unifashion.data.fashioniq import CATEGORIES, FashionIQ, FashionIQCap, Triplet
 from unifashion.preprocess import qformer_image
+from unifashion.search import qformer_hash
 from unifashion.tokenizers import blip_caption
 from weights.load import load_unifashion, tokenizer
 

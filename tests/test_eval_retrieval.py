@@ -16,7 +16,7 @@ import torch
 from eval import report, retrieval
 from eval.captioning import draw
 from eval.embed import embed_pictures, embed_texts
-from eval.report import chance, qformer_hash
+from eval.report import chance
 from eval.retrieval import COLUMNS, judge, true_pairs
 from eval.truth import distinct, garments_of, look, truth
 from tests.rooms import ROOT, SMALL, write_weights
@@ -28,7 +28,7 @@ from unifashion.data.readers import READERS
 from unifashion.data.texts import WRITERS, named
 from unifashion.data.toy import Garment
 from unifashion.preprocess import qformer_image
-from unifashion.search import image_embeddings, text_embeddings
+from unifashion.search import image_embeddings, qformer_hash, text_embeddings
 from unifashion.tokenizers import WordPiece, blip_caption
 from weights.load import load_unifashion, tokenizer
 

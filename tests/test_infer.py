@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 import infer
+import unifashion.tryon
 from tests.parity import randomise
 from tests.rooms import ROOT, SMALL, command, ellipse, furnish, lines, photo, pixels, tryon, write_weights
 from unifashion import objectives
@@ -19,7 +20,7 @@ from unifashion.diffusion import SAMPLERS
 from unifashion.model import UniFashion
 from unifashion.preprocess import CLIP_MEAN, CLIP_STD, read_image
 from unifashion.samples import CONDITIONS, Scenes
-from unifashion.tryon import person_tensors
+from unifashion.tryon import draw, encode, person_tensors, read_inputs
 from weights import load
 
 # What is promised about the picture
@@ -41,7 +42,7 @@ def test_what_is_drawn_lies_where_it_belongs_whatever_the_aspect_ratio(
     room: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """With a network that draws the pose that it is given, and the person for a pose, the result is the person again, blurred by the smaller size."""
-    monkeypatch.setattr(infer, "draw", lambda model, inputs, args: list(inputs["pose"]))
+    monkeypatch.setattr(unifashion.tryon, "draw", lambda model, inputs, args: list(inputs["pose"]))
     for size in [(90, 120), (240, 100), (100, 300)]:
         person = Image.linear_gradient("L").resize(size).convert("RGB")
         ImageDraw.Draw(person).rectangle((0, 0, size[0] // 2, size[1]), fill="red")
@@ -147,8 +148,8 @@ def test_the_network_reads_what_it_read_in_training(
     argv += [f"--{garment}", str(room / f"{garment}.png")]
     argv += ["--text", item["text"]] if text else []
     argv += ["--pose", str(room / "pose.png")] if posed else []
-    inputs = infer.read_inputs(infer.parse(argv), item["person"], item["mask"], model.cfg, words, [])
-    scene, context, hint = infer.encode(model, inputs)
+    inputs = read_inputs(infer.parse(argv), item["person"], item["mask"], model.cfg, words, [])
+    scene, context, hint = encode(model, inputs)
 
     wanted = model.scene(batch["agnostic"], batch["keep"], batch["pose"] if posed else None)
     torch.testing.assert_close(scene, wanted, atol=1e-5, rtol=0)
@@ -168,7 +169,7 @@ def test_a_garment_of_any_shape_is_shown_whole_on_white_and_a_sketch_on_black(
     wide.save(room / "wide.png")
     args = infer.parse(["tryon", "--person", "p", f"--{kind}", str(room / "wide.png"), "--out", "o"])
     person, mask = photo(room / "p.png", (48, 64), 1), ellipse(room / "m.png", (48, 64))
-    inputs = infer.read_inputs(args, person, mask, model.cfg, None, [])
+    inputs = read_inputs(args, person, mask, model.cfg, None, [])
     hint, square = inputs["hint"][0], (inputs["picture"][0] * CLIP_STD + CLIP_MEAN) * 2 - 1
     for picture, padding in ((hint, 22), (square, 8)):  # rows above and below the garment's 16, and 9
         assert torch.all((picture[:, :padding] - around).abs() < 1e-5)
@@ -183,7 +184,7 @@ def test_what_is_padded_is_kept_and_has_no_pose(room: Path, model: UniFashion):
     clear.paste((0, 200, 0, 255), (30, 30, 60, 60))
     clear.save(room / "pose.png")
     args = infer.parse(["tryon", "--person", "p", "--cloth", "cloth.png", "--out", "o", "--pose", "pose.png"])
-    inputs = infer.read_inputs(args, person, mask, model.cfg, None, [])
+    inputs = read_inputs(args, person, mask, model.cfg, None, [])
     for end in (0, -1):  # 8 rows were padded on either side, 2 of the latent's
         assert torch.all(inputs["keep"][0, :, end] == 1)
         assert torch.all(inputs["agnostic"][0, :, 7 * end] == 1)
@@ -192,7 +193,7 @@ def test_what_is_padded_is_kept_and_has_no_pose(room: Path, model: UniFashion):
     assert torch.all(inputs["pose"][0, :, 10:14] == -1)  # transparent is black, as such pictures are
 
     Image.new("RGB", (203, 200), "white").save(room / "pose.png")  # of nearly the same shape
-    pose = infer.read_inputs(args, person, mask, model.cfg, None, [])["pose"][0]
+    pose = read_inputs(args, person, mask, model.cfg, None, [])["pose"][0]
     assert torch.all(pose[:, 7] == -1) and torch.all(pose[:, 8] == 1)
 
 
@@ -220,7 +221,7 @@ def test_a_sketch_on_glass_shows_its_lines_whether_they_are_dark_or_bright(
     hints = []
     for name in ("opaque", "glass"):
         args = infer.parse(["tryon", "--person", "p", "--sketch", str(room / f"{name}.png"), "--out", "o"])
-        hints.append(infer.read_inputs(args, person, mask, model.cfg, None, [])["hint"])
+        hints.append(read_inputs(args, person, mask, model.cfg, None, [])["hint"])
     torch.testing.assert_close(*hints, atol=2 * 20 / 255 + 0.01, rtol=0)
 
 
@@ -297,10 +298,10 @@ def test_how_many_results_are_asked_for_does_not_change_the_first(room: Path, mo
     )
     args.steps, args.guidance = 4, 2.0
     person, mask = photo(room / "p.png", (48, 64), 1), ellipse(room / "m.png", (48, 64))
-    inputs = infer.read_inputs(args, person, mask, model.cfg, None, [])
-    (alone,) = infer.draw(model, inputs, args)
+    inputs = read_inputs(args, person, mask, model.cfg, None, [])
+    (alone,) = draw(model, inputs, args)
     args.num = 3
-    first, *others = infer.draw(model, inputs, args)
+    first, *others = draw(model, inputs, args)
     assert (first - alone).abs().max() < 1e-4
     assert all((other - alone).abs().max() > 0.1 for other in others)
 

@@ -43,6 +43,8 @@ def test_a_command_makes_its_picture_or_its_caption(line, tmp_path, monkeypatch,
     assert command == "infer.py"
     monkeypatch.chdir(ROOT)
     words = shlex.split(arguments)
+    if words[0] == "search":
+        return check_search(words, tmp_path, capsys)
     if "--out" not in words:
         assert infer.main([*words, "--quiet"]) == 0
         return check_caption(capsys.readouterr().out)
@@ -50,6 +52,20 @@ def test_a_command_makes_its_picture_or_its_caption(line, tmp_path, monkeypatch,
     words[words.index("--out") + 1] = str(out)
     assert infer.main([*words, "--quiet"]) == 0
     assert out.exists()
+
+
+def check_search(words: list[str], folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """In the catalogue of the command above: the shirt by its description, the sweater by how it differs from the shirt."""
+    index = next(shlex.split(line) for line in BLOCKS["use"] if " index " in line)[2:]
+    for given in (index, words):
+        for flag in ("--out", "--catalog", "--sheet"):
+            if flag in given:
+                given[given.index(flag) + 1] = str(folder / given[given.index(flag) + 1])
+    assert infer.main([*index, "--quiet"]) == 0
+    assert infer.main([*words, "--quiet"]) == 0
+    first, _ = capsys.readouterr().out.split("\n", 1)
+    assert first.endswith("sweater.png" if "--image" in words else "cloth.png")
+    assert "--sheet" not in words or (folder / "found.png").exists()
 
 
 def check_caption(told: str) -> None:

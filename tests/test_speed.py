@@ -106,3 +106,30 @@ def test_a_rate_is_of_all_tokens_of_the_batch_at_the_median():
     lines = speed.report_writing(10, {8: rounds}).splitlines()
     assert lines[1].split() == ["8", "ours", "2.000", "40.0", "2.00", "1.000", "9.000", "2.000"]
     assert lines[2].split()[:5] == ["8", "transformers", "4.000", "20.0", "1.00"]
+
+
+def test_searching_prints_each_kind_beside_the_product_of_the_same_bytes(capsys):
+    speed.main(["search", "--tiny", "--repeats", "1", "--device", "cpu"])
+    out = capsys.readouterr().out
+    for n in (1000, 2000):
+        rows = re.findall(
+            rf"^ *{n}  (text|picture|both) +\S+ +(\S+) +(\S+) +(\S+) +\S+ +\S+ +(\S+) +\S+ +\S+$",
+            out,
+            re.MULTILINE,
+        )
+        assert [row[0] for row in rows] == ["text", "picture", "both"]
+        for _, seconds, product, ratio, above in rows:
+            assert float(seconds) > 0 and float(product) > 0 and float(ratio) > 0
+            assert 50 < float(above) < 10_000
+
+
+def test_the_product_beside_a_search_is_of_all_that_is_stored(tmp_path):
+    catalog = speed.random_catalog(tmp_path, 300, (4, 16))
+    assert torch.allclose(catalog.images.float().norm(dim=-1), torch.tensor(1.0), atol=1e-3)
+    steps = speed.searches_of(catalog, CPU)
+    for kind in speed.KINDS:
+        assert len(steps[kind]()) == 10
+        scores = steps[f"{kind}, product"]().float()
+        scores = scores / 4 if kind == "picture" else scores.view(300, 4).amax(1)
+        if kind != "both":  # whose captions' product is made, too, and not kept
+            assert torch.allclose(steps[kind]().float(), scores.topk(10).values, atol=2e-3)

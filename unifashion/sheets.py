@@ -2,11 +2,12 @@
 
 import json
 import math
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from unifashion import losses, parallel
@@ -65,6 +66,50 @@ def save_matches(model: UniFashion, words: WordPiece, batch: dict[str, Tensor], 
         lines.append(f"{read(asked[i])}\n-> {found} ({value:.2f}{', its own' * (best == i)})\n")
     if parallel.rank() == 0:
         path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def found_sheet(
+    asked: tuple[str, Image.Image | None], found: list[tuple[str, Image.Image | None]]
+) -> Image.Image:
+    """
+    What was asked for, framed, then what was found, a caption of two lines below each; a grey box where a picture is missing.
+
+    Letters that Pillow's own font lacks lose their accents, or are shown as "?".
+    """
+    cell, below, across = 200, 40, 6
+    cells = [asked, *found]
+    across = min(across, len(cells))
+    sheet = Image.new("RGB", (across * cell, -(-len(cells) // across) * (cell + below)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, (text, picture) in enumerate(cells):
+        x, y = i % across * cell, i // across * (cell + below)
+        if picture is None and i:
+            draw.rectangle((x + 6, y + 6, x + cell - 7, y + cell - 7), fill="lightgrey")
+        elif picture is not None:
+            small = ImageOps.contain(picture, (cell - 12, cell - 12))
+            sheet.paste(small, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
+        lines = [_fitting(line, font, cell - 12) for line in text.split("\n")[:2]]
+        for row, line in enumerate(lines):
+            draw.text((x + 6, y + cell + 18 * row), line, "black", font)
+    draw.rectangle((0, 0, cell - 1, cell + below - 1), outline="black")
+    return sheet
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """What of a line can be drawn, and has room: the end of a longer one is left out."""
+    nothing = bytes(font.getmask("\U0010ffff"))
+
+    def drawn(c: str) -> str:
+        plain = unicodedata.normalize("NFD", c)[0]  # without its accent
+        known = (x for x in (c, plain) if x == " " or (x.isprintable() and bytes(font.getmask(x)) != nothing))
+        return next(known, "?")
+
+    shown = "".join(map(drawn, unicodedata.normalize("NFC", text[:200])))
+    if font.getlength(shown) <= width:
+        return shown
+    while shown and font.getlength(shown + "...") > width:
+        shown = shown[:-1]
+    return shown + "..."
 
 
 def draw_curves(runs: list[Path], path: Path) -> None:

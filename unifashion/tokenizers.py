@@ -314,6 +314,26 @@ def blip_caption(text: str, max_words: int = 50) -> str:
     return " ".join(text.split(" ")[:max_words])
 
 
+def read_query(
+    words: WordPiece, text: str, max_length: int, few_words: bool = False
+) -> tuple[Tensor, Tensor, list[str]]:
+    """
+    What a user typed as --text -> ids and mask (1,t) as `WordPiece.encode`'s, and what he should be told of them.
+
+    few_words: the vocabulary holds whole words alone, so that others mean nothing. Raises UserError for a text without a word.
+    """
+    whole = blip_caption(text, max_words=len(text))
+    if not words.tokenize(whole):
+        raise UserError("--text is empty: say what the garment is like, or leave it out")
+    notes = []
+    if words.is_cut(whole, max_length) or blip_caption(whole) != whole:
+        notes.append(f"--text is too long: the model reads its first {max_length - 2} tokens")
+    cut = {w: any(t[:2] == "##" or t == "[UNK]" for t in words.tokenize(w)) for w in whole.split()}
+    if few_words and any(cut.values()):
+        notes.append(f"tiny does not know the words {', '.join(w for w in cut if cut[w])}")
+    return *words.encode([blip_caption(whole)], max_length), notes
+
+
 def clip_clean(text: str) -> str:
     """
     The cleaning CLIP gives a text before its BPE: broken Unicode mended, HTML entities read, white space one space, lower case.

@@ -1,10 +1,35 @@
-"""What a try-on starts from: pictures -> tensors. Training, `infer.py` and `eval` all make them here, so they are the same."""
+"""Try-on from files to files: what is read and how, drawing, and pasting what was drawn into the photograph.
 
-from PIL import Image
+The tensors that a try-on starts from are made here for training, `infer.py` and `eval`, so they are the same.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, ImageStat
 from torch import Tensor
+from tqdm import tqdm
 
+from unifashion import UserError
 from unifashion.config import UniFashionConfig
-from unifashion.preprocess import keep_mask, latent_mask, pad_to_ratio, qformer_image, unet_image
+from unifashion.model import UniFashion
+from unifashion.preprocess import (
+    crop_back,
+    keep_mask,
+    latent_mask,
+    mask_from_box,
+    mask_from_file,
+    pad_to_ratio,
+    paste,
+    qformer_image,
+    read_image,
+    to_uint8,
+    torso_mask,
+    unet_image,
+)
+from unifashion.tokenizers import WordPiece, read_query
+from unifashion.training import seeded
 
 GREY = (128, 128, 128)  # of the hole, as in VITON-HD's agnostic pictures
 
@@ -51,3 +76,98 @@ def garment_tensors(garment: Image.Image, is_sketch: bool, cfg: UniFashionConfig
         "hint": unet_picture(garment, cfg, fill),
         "picture": qformer_image(garment, cfg.vit.image_size[0], fill=fill),
     }
+
+
+# What `infer.py tryon` was given, and what it makes of it
+
+
+def read_mask(args: argparse.Namespace, size: tuple[int, int], notes: list[str]) -> tuple[Image.Image, str]:
+    """-> the mask, L, of the person's (width, height), 255 = repaint; and where it is from."""
+    if args.mask is not None:
+        return mask_from_file(args.mask, size), str(args.mask)
+    if args.box is not None:
+        return mask_from_box(args.box, size), "box " + ",".join(map(str, args.box))
+    mask = torso_mask(size)
+    source = "torso box " + ",".join(map(str, mask.getbbox()))
+    notes.append(f"no --mask and no --box: the {source} is repainted")
+    return mask, source
+
+
+def read_inputs(
+    args: argparse.Namespace,
+    person: Image.Image,
+    mask: Image.Image,
+    cfg: UniFashionConfig,
+    words: WordPiece,
+    notes: list[str],
+) -> dict[str, Tensor]:
+    """`person_tensors` and `garment_tensors` of what is asked for, and of a text ids and text_mask (t,): a batch of one."""
+    if args.cloth:
+        garment = read_image(args.cloth)
+    else:  # lines on glass may be dark or bright: on the ground that shows them better
+        grounds = [read_image(args.sketch, ground).convert("L") for ground in ("white", "black")]
+        garment = max(grounds, key=lambda x: ImageStat.Stat(x).stddev[0])
+        if len(set(garment.getextrema())) == 1:
+            raise UserError(f"{args.sketch}: a sketch without a line in it")
+        if ImageStat.Stat(garment).mean[0] > 127.5:
+            garment = ImageOps.invert(garment)
+            notes.append(
+                f"{args.sketch} is dark on white: inverted, since the model knows sketches bright on black"
+            )
+        garment = garment.convert("RGB")
+    pose = None
+    if args.pose:
+        pose = read_image(args.pose, background="black")
+        if abs(pose.width * mask.height / (pose.height * mask.width) - 1) > 0.02:  # as masks
+            sizes = f"{pose.width}x{pose.height} does not fit a person of {mask.width}x{mask.height}"
+            raise UserError(f"{args.pose}: a pose of {sizes}")
+        pose = pose.resize(mask.size)
+    inputs = person_tensors(person, mask, pose, cfg) | garment_tensors(garment, args.sketch is not None, cfg)
+    inputs = {name: x[None] for name, x in inputs.items()}
+    if args.text is not None:
+        ids, mask, told = read_query(words, args.text, cfg.qformer.max_text, args.preset == "tiny")
+        inputs["ids"], inputs["text_mask"] = ids, mask
+        notes += told
+    return inputs
+
+
+def encode(model: UniFashion, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """-> scene (1,9,y,x), context (1,32,768) and hint (1,4,y,x), as `objectives.tryon` has them."""
+    dtype = model.dtype
+    x = {k: v.to(model.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+    pose = model.vae.encode(x["pose"]) if "pose" in x else None
+    scene = model.scene(model.vae.encode(x["agnostic"]), x["keep"], pose)
+    context = model.context(model.see(x["picture"]), x.get("ids"), x.get("text_mask"))
+    return scene, context, model.vae.encode(x["hint"])
+
+
+def draw(model: UniFashion, inputs: dict[str, Tensor], args: argparse.Namespace) -> list[Tensor]:
+    """`args.num` pictures (3,y,x), about [-1,1], float32 on the CPU. The noise of picture i is seeded by (seed, i)."""
+    shape = (model.cfg.vae.latent_channels, *model.cfg.latent)
+    noise = torch.stack(
+        [torch.randn(shape, generator=seeded("tryon", args.seed, i)) for i in range(args.num)]
+    )
+    conditions = [x.expand(args.num, *x.shape[1:]) for x in encode(model, inputs)]
+    latents = model.sample(noise.to(model.device), *conditions, args.steps, args.sampler, args.guidance)
+    # The last latent is all we need; to look at one in between would wait for the device at every step.
+    *_, latent = tqdm(latents, total=args.steps, desc="sampling", unit="step", disable=args.quiet)
+    if not latent.isfinite().all():
+        raise UserError("the numbers overflow: --guidance is too high, or a file of weights is damaged")
+    # One at a time: at full size the decoder needs more memory than the sampler.
+    return [model.vae.decode(z[None].to(model.dtype))[0].float().cpu() for z in latent]
+
+
+def pasted(
+    picture: Tensor,
+    person: Image.Image,
+    mask: Image.Image,
+    box: tuple[int, int, int, int],
+    canvas: tuple[int, int],
+) -> Image.Image:
+    """What the network drew of the whole canvas -> the person, at its own size, with it where the mask is white."""
+    drawn = crop_back(Image.fromarray(to_uint8(picture)), box, canvas)
+    result = Image.fromarray(paste(np.array(person), np.array(drawn), np.array(mask)))
+    profile = person.info.get("icc_profile") or b""
+    if profile[16:20] == b"RGB ":  # without it, a phone's photograph would change its colours
+        result.info["icc_profile"] = profile
+    return result

@@ -224,6 +224,14 @@ def check_finished(
     return found
 
 
+def captioner(preset: str, folder: Path | None = None) -> str:
+    """Who writes captions: the preset, and the beginning of the hash of its trained file. Raises UserError for what is missing."""
+    by = f"unifashion {preset} {sha256(learned_file(preset, folder))[:12]}"
+    if preset == "full":  # whose LLM is one of several
+        by += f" {wanted(preset, folder_of(preset, folder), *LLMS).name}"
+    return by
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

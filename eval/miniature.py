@@ -27,8 +27,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import infer
@@ -153,31 +151,21 @@ def annotate(home: Path, args: argparse.Namespace) -> None:
             raise UserError(f"{out} could not be written")
 
 
-def weights_of(run: Path, before: Path | None = None) -> Path:
-    """
-    A folder of weights with the run's last step in it, and what it was trained beside.
-
-    before: the run from which comes what this one had no use for (search none for the LLM's adapter and LoRA, say).
-    """
+def weights_of(run: Path) -> Path:
+    """A folder of weights with the run's last step in it, which holds all that was learned before, and what it was trained beside."""
     folder = run / "weights"
     folder.mkdir(exist_ok=True)
     learned = LEARNED["tiny"]
-    for file in FOLDERS["tiny"].iterdir():
-        if file.suffix in (".safetensors", ".model", ".txt") and file.name != learned:
-            (folder / file.name).unlink(missing_ok=True)
-            (folder / file.name).symlink_to(file)
-    files = [x / "last" / learned for x in (before, run) if x]
-    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    with safe_open(files[-1], "pt") as file:
-        about = file.metadata()
-    save_file(tensors, folder / f"{learned}.new", about)
-    (folder / f"{learned}.new").replace(folder / learned)
+    files = [file for file in FOLDERS["tiny"].iterdir() if file.suffix in (".safetensors", ".model", ".txt")]
+    for file in [file for file in files if file.name != learned] + [run.resolve() / "last" / learned]:
+        (folder / file.name).unlink(missing_ok=True)
+        (folder / file.name).symlink_to(file)
     return folder
 
 
 def measure(run: Path, home: Path, args: argparse.Namespace) -> None:
     """RUN/retrieval.json, composed.json, captioning.json, and where it was trained to draw generation.json: what is not there."""
-    common = ["--weights", str(weights_of(run, home / "generate")), "--device", args.device, "--quiet"]
+    common = ["--weights", str(weights_of(run)), "--device", args.device, "--quiet"]
     searched, drawn = ["--data", f"toy={args.search}"], ["--data", f"toy={args.world}"]
     evaluations = {
         "retrieval": (retrieval.main, searched),

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from unifashion import Parser, UserError, feed, objectives, parallel, runs, sheets, training
+from unifashion import Parser, UserError, feed, objectives, parallel, runs, seen, sheets, training
 from unifashion.config import PRESETS
 from unifashion.model import UniFashion, start_adapter
 from unifashion.samples import TEXTS, Answers, Pairs, names, open_data, products
@@ -166,6 +166,7 @@ def train(
     state = {"step": 0, "best": float("inf"), "modules": modules}
     if resume:
         state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, ema)
+    model.carried = seen.remember(model.carried, data.values())
     modules = sorted({*state["modules"], *map(runs.part_of, parameters)})
 
     kept = {} if args.cache else None  # of the samples that are held out

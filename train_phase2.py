@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from unifashion import Parser, UserError, feed, objectives, parallel, runs, sheets, training
+from unifashion import Parser, UserError, feed, objectives, parallel, runs, seen, sheets, training
 from unifashion.config import PRESETS, UniFashionConfig
 from unifashion.data.readers import DATA_SETS
 from unifashion.model import UniFashion
@@ -202,6 +202,7 @@ def train(args: argparse.Namespace) -> bool:
     state = {"step": 0, "best": float("inf"), "modules": modules}
     if args.resume:
         state |= runs.load_checkpoint(out / "last", model, optimizer, parameters, ema)
+    model.carried = seen.remember(model.carried, (part for of in data.values() for part in of.values()))
     modules = sorted({*state["modules"], *map(runs.part_of, parameters)})
 
     losses_of = {t: TASKS[t][2] for t in tasks}

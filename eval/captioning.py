@@ -35,8 +35,9 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from eval import guard
 from eval.captions import METRICS, beside_the_paper, bleu4, cell, line, scores
-from eval.report import interval, resampled, save_json, shuffled
+from eval.report import Fingerprint, interval, resampled, save_json, shuffled
 from eval.truth import ATTRIBUTES, Said, garments_of, seen_in_training, truth
 from unifashion import Parser, UserError, runs, training
 from unifashion.caption import Caption, check_search, write_captions
@@ -317,9 +318,19 @@ def main(argv: list[str] | None = None) -> None:
             )
         common = most_frequent([truth(Garment(**row["garment"])) for row in train])
 
-    cases, seconds = {}, {}
+    ids = [data[styles[0]].products[i] for i in picks[styles[0]]]
+    verdict = guard.verdict(
+        learned_file(args.preset, args.weights),
+        folders[styles[0]],
+        "fashiongen",
+        ids,
+        "val" if split == "validation" else split,
+    )
+
+    cases, seconds, fingerprint = {}, {}, Fingerprint()
     for style in styles:
-        cases[style], seconds[style] = write(model, llm_words, data[style], picks[style], style, args)
+        read = fingerprint.of(data[style])
+        cases[style], seconds[style] = write(model, llm_words, read, picks[style], style, args)
     if args.captions:
         save(cases, args.captions)
     results = {style: judge(style, cases, garments, common, args.seed) for style in styles}
@@ -338,6 +349,8 @@ def main(argv: list[str] | None = None) -> None:
         "torch": torch.__version__,
         "qformer sha256": qformer_hash(model),
         "model sha256": sha256(learned_file(args.preset, args.weights)),
+        "data sha256": str(fingerprint),
+        **verdict.lines(),
         "seconds": round(time.perf_counter() - began, 1),
     }
     print(*(f"{k:<28}{value}" for k, value in report.items()), sep="\n")

@@ -5,9 +5,11 @@
 
                      s = max_q(e_cls . Z_T) + w (e_cls . Z_C), w = 1        with --captions, else the first term alone
 
-Fashion-IQ: every query of val, its two texts joined as "C1 and c2", in the pool of its category (image_splits). ToyFashion:
-the same files, but one pool of all pictures of the split; its truth is known, and whatever looks like the target is right.
-Nowhere is the reference taken out of the pool, as in Fashion-IQ's own protocol: it is a wrong answer.
+Fashion-IQ: every query of val, its two texts joined as "C1 and c2", in two pools of its category: the original one, of
+image_splits, and that of the VAL paper, the references and targets of its queries, in which it is easier. Queries whose target
+training has seen are counted, and the figures told without them, too. ToyFashion: the same files, but one pool of all
+pictures of the split; its truth is known, and whatever looks like the target is right. Nowhere is the reference taken out of the
+pool, as in Fashion-IQ's own protocol: it is a wrong answer.
 
     R@K    %   of the queries with a right answer among the first K; a tie is a miss (`eval.metrics.recall`)
 
@@ -15,13 +17,13 @@ Captions of the pool (`infer.py caption`) must be written from the pictures alon
 (`eval.leaks`). Beside the model: each term alone; the reference alone, once as its picture's own embedding against the others'
 (mean over aligned queries), once with an empty text in place of the change; the text alone, once as a caption's embedding,
 once with a white picture as its reference; the texts given to other references; and chance. Controls that have a query
-have the captions' term, too, if there is one. Intervals: 95 %, bootstrap over queries.
+have the captions' term, too, if there is one. Intervals: 95 %, bootstrap over queries. Every report has the verdict of `eval.guard`.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +31,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval import leaks
+from eval import guard, leaks
 from eval.embed import cut_texts, embed_composed, embed_pictures, embed_texts
 from eval.leaks import Leak
 from eval.metrics.recall import ranks
+from eval.pools import ORIGINAL, VAL, Pool, captions_of, check_pictures, pools_of, seen_targets, toy_pool
 from eval.report import (
+    Fingerprint,
     about_run,
     cell,
     chance,
@@ -45,14 +49,14 @@ from eval.report import (
     save_json,
     shuffled,
 )
-from eval.truth import garments_of, look, seen_in_training
 from unifashion import Parser, UserError, training
-from unifashion.data import read_json, toy
-from unifashion.data.fashioniq import FashionIQ, FashionIQCap, Triplet, absent_pictures, joined, picture_path
+from unifashion.data import read_json
+from unifashion.data.fashioniq import FashionIQ
 from unifashion.data.readers import in_toy
 from unifashion.model import UniFashion
 from unifashion.search import composed_scores, image_to_image, text_to_text
 from unifashion.tokenizers import WordPiece
+from weights.load import learned_file
 
 AT = (10, 50)
 COMPOSED, NO_CAPTIONS, NO_IMAGES = "composed", "without captions", "captions alone"
@@ -64,122 +68,24 @@ PAPER = {  # Table 4: R@10, R@50, their mean, over the three categories
     "the same, w/o captions": (55.27, 74.80, 65.04),
     "the same, w/o images": (40.12, 56.33, 48.22),
 }
+UNSEEN = ", new targets alone"  # queries whose target training has not seen
 PROTOCOL = "protocol: drawn pictures, one pool of all; it says nothing about photographs."
 PROTOCOL_OF_THE_PAPER = (
-    "protocol of ours: all queries of val in the pools of image_splits; a tie is a miss. Of the paper's: the same pools, the last "
-    "1 or 2 queries of each category dropped, captions that were written with the queries' texts at hand (eval.leaks). Fashion-IQ itself shows 143 of val's targets in train, "
-    "under other categories' triplets."
+    "protocol of ours: all queries of val; original pools: image_splits; VAL pools: references and targets; a tie is a miss. Of the "
+    "paper's: the original pools, the last 1 or 2 queries of each category dropped, captions that were written with the queries' "
+    "texts at hand (eval.leaks). Fashion-IQ itself shows 143 of val's targets in train, under other categories' triplets."
 )
 Figure = list[float | None]
-
-
-@dataclass
-class Pool:
-    """Pictures, and the queries that search among them: `right` (b,n) bool, what each may find."""
-
-    name: str
-    ids: list[str]
-    rows: list[Triplet]
-    right: Tensor
-
-    @property
-    def texts(self) -> list[str]:
-        return [joined(row.captions) for row in self.rows]
-
-
-# What is searched
-
-
-def pools_of(data: FashionIQ) -> list[Pool]:
-    """Fashion-IQ's own: a pool a category, one right answer a query. Raises UserError for a category without a query."""
-    pools = []
-    for name, ids in data.pools.items():
-        rows = [row for row in data.rows if row.category == name]
-        if not rows:
-            raise UserError(f"{data.root}: there are no queries of {name}")
-        targets = np.array([row.target for row in rows])
-        pools.append(Pool(name, ids, rows, torch.from_numpy(targets[:, None] == np.array(ids))))
-    return pools
-
-
-def one_pool(data: FashionIQ, looks: dict[str, object]) -> Pool:
-    """All categories together, and right is whatever looks like the target; looks: id -> what is equal for twins."""
-    ids = [name for pool in data.pools.values() for name in pool]
-    numbers: dict[object, int] = {}
-    seen = {name: numbers.setdefault(looks[name], len(numbers)) for name in ids}
-    targets, everything = (
-        torch.tensor([seen[name] for name in names]) for names in ([row.target for row in data.rows], ids)
-    )
-    return Pool("all", ids, data.rows, targets[:, None] == everything)
-
-
-def toy_pool(world: Path, data: FashionIQ, split: str) -> Pool:
-    """`one_pool` of ToyFashion. Raises UserError if its garments are not the world's, or training has seen them."""
-    known = FashionIQCap(data.root, split)
-    garments = garments_of(toy.read_rows(world, split), "fashioniq-cap", known, list(range(len(known))))
-    if seen := seen_in_training(toy.read_rows(world, "train"), garments):
-        raise UserError(
-            f"{seen} of {len(garments)} garments have a combination of attributes that training has seen: this is no test"
-        )
-    return one_pool(data, dict(zip(known.products, map(look, garments), strict=True)))
-
-
-def check_pictures(data: FashionIQ, pools: list[Pool]) -> None:
-    """Raise UserError if pictures are missing, or are none: among fewer candidates the figures would be better."""
-    names = sorted({name for pool in pools for name in pool.ids})
-    if gone := absent_pictures(data.root, ([name] for name in names)):
-        raise UserError(
-            f"{data.root} lacks {len(gone)} of {len(names)} pictures, {gone[0]} for one, and among fewer the figures would be "
-            "better than they are: github.com/XiaoxiaoGuo/fashion-iq says how to get them"
-        )
-    paths = [data.root / picture_path(data.root, name) for name in names]
-    if broken := [str(path.relative_to(data.root)) for path in paths if not is_picture(path)]:
-        raise UserError(
-            f"{data.root}: {len(broken)} of {len(paths)} pictures are damaged: {', '.join(broken)}"
-        )
-
-
-def is_picture(path: Path) -> bool:
-    """Whether the file begins as a picture does, which is known at once; pixels are read later."""
-    try:
-        with Image.open(path):
-            return True
-    except Exception:  # a damaged file can make a decoder raise almost anything
-        return False
-
-
-def captions_of(files: list[Path], pool: Pool) -> list[dict]:
-    """The rows of the files, one for each picture of the pool, in its order; of several styles that of fashioniq-cap.
-
-    Of files that caption the same picture the one named after the pool counts, else the first: Fashion-IQ-Cap has a file a
-    category, and 121 pictures are in two. Raises UserError for a picture without a caption, or with two in one file.
-    """
-    of: dict[str, dict[str | None, dict]] = {name: {} for name in pool.ids}
-    for file in sorted(files, key=lambda file: f".{pool.name}." not in file.name):
-        styles: dict[str, set[str | None]] = {name: set() for name in pool.ids}
-        for row in leaks.read_rows(file):
-            name, style = Path(row["image"]).stem, row.get("style")
-            if name not in styles or not row["caption"].strip():
-                continue
-            if style in styles[name]:
-                raise UserError(f"{file}: {row['image']} has two captions")
-            styles[name].add(style)
-            of[name].setdefault(style, row)
-    if lacking := [name for name, rows in of.items() if not rows]:
-        raise UserError(
-            f"{', '.join(map(str, files))}: {len(lacking)} of {len(of)} pictures of the pool {pool.name} have no caption, "
-            f"or an empty one, {lacking[0]} for one: infer.py caption --style fashioniq-cap writes them"
-        )
-    return [rows.get("fashioniq-cap", next(iter(rows.values()))) for rows in of.values()]
 
 
 # What the model says
 
 
 def search(
-    model: UniFashion, words: WordPiece, data: FashionIQ, pool: Pool, captions: list[str] | None, args: argparse.Namespace
-) -> dict[str, Tensor]:  # fmt: skip
-    """captions, if any, in the order of the pool -> {row of the table: ranks (b,) of the best right answer}"""
+    model: UniFashion, words: WordPiece, data: FashionIQ, pool: Pool, captions: list[str] | None, args: argparse.Namespace,
+    fingerprint: Fingerprint,
+) -> dict[str, dict[str, Tensor]]:  # fmt: skip
+    """captions, if any, in the order of the pool -> {kind of pool: {row of the table: ranks (b,) of the best right answer}}"""
     size, quiet = args.batch_size, args.quiet
     references, texts = [row.reference for row in pool.rows], pool.texts
 
@@ -193,8 +99,14 @@ def search(
         return embed_composed(model, words, open_, of, size, f"{pool.name}, {what}", quiet)
 
     images = embed_pictures(
-        model, lambda i: data.open(pool.ids[i]), len(pool.ids), size, f"{pool.name}, pool", quiet
+        model,
+        lambda i: fingerprint.add(data.open(pool.ids[i])),
+        len(pool.ids),
+        size,
+        f"{pool.name}, pool",
+        quiet,
     )
+    fingerprint.add([pool.ids, [[row.reference, row.target, *row.captions] for row in pool.rows], captions])
     z_c = None if captions is None else embed_texts(model, words, captions, size)
     e_cls = embed(texts, "queries")
     place = {name: i for i, name in enumerate(pool.ids)}
@@ -209,7 +121,11 @@ def search(
         WHITE: composed_scores(embed(texts, WHITE, white), images, z_c),
         SHUFFLED: composed_scores(embed(others, SHUFFLED), images, z_c),
     }
-    return {row: ranks(of.cpu(), pool.right) for row, of in scores.items()}
+    scores = {row: of.cpu() for row, of in scores.items()}
+    return {
+        kind: {row: ranks(of[:, keep], pool.right[:, keep]) for row, of in scores.items()}
+        for kind, keep in pool.kinds.items()
+    }
 
 
 # How it is judged
@@ -249,6 +165,25 @@ def judge(found: dict[str, dict[str, Tensor]], pools: list[Pool]) -> dict[str, d
     return {"recall": table, "controls": controls, "differences": less}
 
 
+def judge_all(
+    found: dict[str, dict[str, dict[str, Tensor]]], pools: list[Pool], seen: set[str]
+) -> dict[str, dict]:
+    """`judge` of each kind of pool; and of each again without the queries for `seen` targets, if there are some."""
+    results = {}
+    new = {pool.name: torch.tensor([row.target not in seen for row in pool.rows]) for pool in pools}
+    everything = {name: torch.ones_like(of) for name, of in new.items()}
+    asked = {"": everything} | ({UNSEEN: new} if seen else {})
+    for way, of in asked.items():
+        if not all(kept.any() for kept in of.values()):
+            continue  # training has seen a whole category
+        for kind in pools[0].kinds:
+            ranked = {
+                name: {row: r[of[name]] for row, r in kinds[kind].items()} for name, kinds in found.items()
+            }
+            results[kind + way] = judge(ranked, [pool.of(kind, of[pool.name]) for pool in pools])
+    return results
+
+
 # How it is told
 
 
@@ -272,8 +207,8 @@ def table(result: dict[str, dict], paper: bool) -> str:
     return "\n".join(lines)
 
 
-def verdict(checked: dict[str, Leak]) -> str:
-    """What the leak guard says of the captions."""
+def told_of(checked: dict[str, Leak]) -> str:
+    """What the check of the captions found."""
     leaky = {name: "; ".join(leak.reasons) for name, leak in checked.items() if leak.reasons}
     if leaky:
         return "LEAKY, and allowed: " + ". ".join(f"{name}: {reasons}" for name, reasons in leaky.items())
@@ -317,12 +252,17 @@ def main(argv: list[str] | None = None) -> None:
         verdicts[pool.name] = leaks.check(rows, asked, pool.ids, args.allow_leaky_captions)
     check_pictures(data, pools)
 
+    model_file = learned_file(args.preset, args.weights)
+    ids = list(dict.fromkeys(name for pool in pools for name in pool.ids))
+    verdict = guard.verdict(model_file, folder, "fashioniq", ids, split, captions=verdicts)
+
     model, words = load(args)
-    found = {}
+    found, fingerprint = {}, Fingerprint()
     for pool in pools:
         texts = [row["caption"] for row in captions[pool.name]] if captions else None
-        found[pool.name] = search(model, words, data, pool, texts, args)
-    result = judge(found, pools)
+        found[pool.name] = search(model, words, data, pool, texts, args, fingerprint)
+    seen, says = (set(), "") if world else seen_targets(data, model_file)
+    results = judge_all(found, pools, seen)
 
     report = about_run("eval.composed", argv, args, model, began)
     report |= {"toyfashion": read_json(world / "toy.json")} if world else {}
@@ -334,17 +274,26 @@ def main(argv: list[str] | None = None) -> None:
         "reference": "stays in the pool, as a wrong answer",
         "captions": " ".join(map(str, args.captions)) if args.captions else "none: the pictures' term alone",
     }
+    if not world:
+        report["candidates, VAL pools"] = {pool.name: int(pool.kinds[VAL].sum()) for pool in pools}
+        told = {pool.name: sum(row.target in seen for row in pool.rows) for pool in pools}
+        report["queries of seen targets"] = f"{told}, says {says}"
     if captions:
         most, rows = model.cfg.qformer.max_text, [row for of in captions.values() for row in of]
         cut = cut_texts(words, [row["caption"] for row in rows], most)
         report[f"captions cut at {most} tokens"] = f"{cut} of {len(rows)}"
         report["captions by"] = ", ".join(sorted({str(row.get("model", "unknown")) for row in rows}))
-        report["leaks"] = verdict(verdicts)
+        report["leaks"] = told_of(verdicts)
+    report |= {"data sha256": str(fingerprint), **verdict.lines()}
     print(*(f"{k:<28}{value}" for k, value in report.items()), sep="\n")
-    print(table(result, paper=world is None))
+    for kind, result in results.items():
+        print(f"\n{kind} pools" * (not world) + table(result, paper=world is None and kind == ORIGINAL))
     print(PROTOCOL if world else PROTOCOL_OF_THE_PAPER)
     if args.out:
-        save_json({**report, **result, "leak": {k: asdict(v) for k, v in verdicts.items()}}, args.out)
+        first, *others = results
+        of_others = {"other pools": {kind: results[kind] for kind in others}} if others else {}
+        leak = {k: asdict(v) for k, v in verdicts.items()}
+        save_json({**report, **results[first], **of_others, "leak": leak}, args.out)
 
 
 if __name__ == "__main__":

@@ -45,11 +45,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from eval import guard, photos
 from eval import judge as judging
-from eval import photos
 from eval.judge import ATTRIBUTES, COLUMNS, Judge
 from eval.metrics.fid import fid, fid_floor, kid_of_pairs
-from eval.report import interval
+from eval.report import Fingerprint, interval
 from eval.sampling import Setting, draw, read, through_vae
 from eval.truth import seen_in_training
 from unifashion import Parser, UserError, runs, sheets, training
@@ -314,6 +314,17 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"{seen} of {len(cases)} garments have a combination of attributes that training has seen: this is no test"
         )
+    verdict = guard.verdict(
+        learned_file(args.preset, args.weights),
+        cases.data.root,
+        "vitonhd",
+        [],
+        split,
+        settings=guard.SETTINGS[args.preset],
+    )
+    fingerprint = Fingerprint()
+    for i in range(len(cases)):
+        fingerprint.add(cases.data[i])
     judge, judge_key = judging.trained_judge(world, args.judge, args.judge_steps, args.quiet)
 
     def measured(name: str, make: Make) -> Row:
@@ -360,6 +371,8 @@ def main(argv: list[str] | None = None) -> None:
         "torch": torch.__version__,
         "qformer sha256": qformer_hash(model),
         "model sha256": sha256(learned_file(args.preset, args.weights)),
+        "data sha256": str(fingerprint),
+        **verdict.lines(),
         "palette rule on the truth": on_truth["colour"],
         "judge on the truth": {"fingerprint": judge_key, **{k: on_truth[k] for k in (*ATTRIBUTES, "IoU")}},
         f"{FRECHET}, two halves": round(fid_floor(truth.features), 4) if len(cases) > 3 else None,

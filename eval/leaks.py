@@ -15,6 +15,10 @@ each of which suffices:
 "More" is 95 % sure: the lower end of Wilson's interval. `found` takes 200 candidates and `copied` 500: in fewer, what is true
 of one garment alone is said in words that are its alone. R@10 and R@50 of BM25 are told beside them.
 
+How far the text alone goes is told at the end, as a search engine would have it: BM25 without Lucene's 33 stop words, a word of a
+query counted once, mean of the categories. On the released captions R@10 is 55.3 and R@50 68.0: at R@10 what the paper's own
+system reaches without captions (55.27), and no picture was looked at.
+
 Why not "better than with shuffled queries", as the design has it: an honest caption says what its picture shows, a query what
 its target has, and so both say "red" of a red dress. The limits lie between what was measured of both sides, in %:
 
@@ -54,6 +58,43 @@ from unifashion.data.fashioniq import CATEGORIES, FashionIQ, joined
 FOUND, COPIED = 40.0, 5.0  # %: more is a leak
 FOUND_CANDIDATES, COPIED_CANDIDATES = 200, 500  # in fewer, honest captions have these signs too
 RUN = 3  # words in a row
+STOP_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "and",
+        "are",
+        "as",
+        "at",
+        "be",
+        "but",
+        "by",
+        "for",
+        "if",
+        "in",
+        "into",
+        "is",
+        "it",
+        "no",
+        "not",
+        "of",
+        "on",
+        "or",
+        "such",
+        "that",
+        "the",
+        "their",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "to",
+        "was",
+        "will",
+        "with",
+    ]
+)  # Lucene's, of English
 
 
 @dataclass(frozen=True)
@@ -151,6 +192,25 @@ def check(rows: list[dict], queries: list[tuple[str, str]], pool: list[str], all
             "Write captions from the pictures alone (infer.py caption), or give --allow-leaky-captions"
         )
     return Leak(len(pool), len(asked), len(guided), **figures, reasons=tuple(reasons))
+
+
+def text_alone(rows: list[dict], queries: list[tuple[str, str]], pool: list[str]) -> tuple[float, float]:
+    """R@10 and R@50 in %: BM25 from the queries' texts to the captions, without stop words. A target without a caption is missed."""
+    texts = {name: "" for name in pool}
+    for row in rows:
+        if (name := Path(row["image"]).stem) in texts:
+            texts[name] += f" {row['caption']}"
+    captions = [[w for w in words(text) if w not in STOP_WORDS] for text in texts.values()]
+    asks = [sorted({*words(text)} - STOP_WORDS) for text, _ in queries]
+    place = {name: i for i, name in enumerate(texts)}
+    (found,) = bm25_ranks(captions, asks, np.array([place[target] for _, target in queries]))
+    return 100 * float((found < 10).mean()), 100 * float((found < 50).mean())
+
+
+def own_file(files: dict[Path, list[dict]], category: str) -> list[dict]:
+    """Of several files the rows of the one that is named after the category, as `eval.pools.captions_of` does; else of all."""
+    own = [rows for file, rows in files.items() if f".{category}." in file.name]
+    return [row for rows in own or files.values() for row in rows]
 
 
 def words(text: str) -> list[str]:
@@ -253,20 +313,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
-        rows = [row for file in args.captions for row in read_rows(file)]
-        known = {Path(row["image"]).stem for row in rows}
+        files = {file: read_rows(file) for file in args.captions}
+        known = {Path(row["image"]).stem for rows in files.values() for row in rows}
         data = FashionIQ(args.root, args.split, pictures=False)
         checked: dict[str, Leak] = {}
+        alone = []
         for category in CATEGORIES:
             if known.intersection(data.pools[category]):
                 asked = [(joined(x.captions), x.target) for x in data.rows if x.category == category]
                 if not asked:
                     print(f"{category}: no query asks for it")
                     continue
+                rows = own_file(files, category)
                 checked[category] = check(rows, asked, data.pools[category], allow=True)
                 print(f"{category}: {checked[category].figures()}", flush=True)
+                alone.append(text_alone(rows, asked, data.pools[category]))
         if not checked:
             raise UserError(f"the captions are of no picture of {args.root}, split {args.split}")
+        each = ", ".join(f"{k} {a:.2f} {b:.2f}" for k, (a, b) in zip(checked, alone, strict=True))
+        ten, fifty = np.mean(alone, axis=0)
+        print(f"text alone, mean of {len(alone)}: R@10 {ten:.2f} R@50 {fifty:.2f} ({each})", flush=True)
         leaks = [f"{category}: {'; '.join(x.reasons)}" for category, x in checked.items() if x.reasons]
         if leaks and not args.allow_leaky_captions:
             raise UserError(f"refused: {'. '.join(leaks)}")

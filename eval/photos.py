@@ -32,10 +32,11 @@ from pathlib import Path
 
 import torch
 
+from eval import guard
 from eval.folders import SETTINGS, Found, Pasted, begin, files_of, make
 from eval.metrics.fid import caution
 from eval.realism import DRAWS, FIGURES, SUBSETS, Figure, Measuring, Networks, load_networks
-from eval.report import about_run, save_json, shuffled
+from eval.report import Fingerprint, about_run, save_json, shuffled
 from eval.sampling import Setting, draw, read, through_vae
 from unifashion import UserError, runs, training
 from unifashion.data import read_json
@@ -276,6 +277,9 @@ def evaluate(
     # What the controls need is asked for before the work, too.
     wrong = {k: shuffled(x.texts, args.seed) for k, x in asked.items() if x.texts}
     wrong = {k: [asked[k].texts[i] for i in order] for k, order in wrong.items()}
+    model_file = learned_file(args.preset, args.weights) if args.keep else None
+    ids = sorted({name for of in asked.values() for pair in of.pairs for name in pair})
+    verdict = guard.verdict(model_file, path, "vitonhd", ids, split, settings=guard.SETTINGS[args.preset])
     to_make = {**asked, "shuffled": others(asked, args.seed)} if args.keep else {}
     networks = load_networks(name)
     device = training.pick_device(args.device)
@@ -298,6 +302,7 @@ def evaluate(
         about = about_found(args, argv, began)
     results = measure(measuring, asked, files, wrong if networks.clip else {}, args.seed)
 
+    about |= {"data sha256": str(fingerprint(asked)), **verdict.lines()}
     tell(name, path, split, asked, args, about, networks, measuring.size, results, began)
 
 
@@ -355,6 +360,22 @@ def settings_of(
         "dtype": str(dtype).removeprefix("torch."),
         "batch size": args.batch_size,
     }
+
+
+def fingerprint(asked: dict[str, Asked]) -> Fingerprint:
+    """Of who is to wear what, the texts, and the files of persons, masks, poses, clothes and sketches."""
+    found, files = Fingerprint(), {}
+    for of in asked.values():
+        found.add([of.pairs, of.texts])
+        photos = photos_of(of.data)
+        for pair in of.pairs:
+            paths = [*photos.paths(*pair).values()]
+            if isinstance(of.data, MGD):
+                paths += [of.data.sketch_of(*pair), *of.data.mask_sources(pair[0])]
+            files |= dict.fromkeys(photos.folder / path for path in paths)
+    for path in files:
+        found.add(path.read_bytes())
+    return found
 
 
 def pairs_hash(asked: dict[str, Asked]) -> str:

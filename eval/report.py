@@ -4,6 +4,7 @@ Intervals are 95 %, by bootstrap: the cases are drawn again with replacement, a 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from unifashion import Parser, UserError, runs, training
 from unifashion.config import PRESETS
@@ -59,7 +62,7 @@ def chance(right: Tensor, n: int, k: int) -> float:
     """R@K in % of a random order of n candidates, `right` (b,) of them right for each query."""
     missed = torch.ones(len(right), dtype=torch.float64)
     for i in range(min(k, n)):
-        missed *= (n - right - i).clamp(min=0) / (n - i)
+        missed *= (n - right.double() - i).clamp(min=0) / (n - i)
     return 100 * (1 - missed.mean().item())
 
 
@@ -82,6 +85,46 @@ def about_run(
         "model sha256": sha256(learned_file(args.preset, args.weights)),
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+class Fingerprint:
+    """sha256 over what is evaluated, in the order in which it is read: ids and texts, and the pixels of pictures."""
+
+    def __init__(self) -> None:
+        self.sha = hashlib.sha256()
+
+    def add(self, thing):
+        """-> the thing: a picture, a file's bytes, a text, a number, nothing, or a list, a tuple or a dict of such"""
+        if isinstance(thing, Image.Image):
+            self.sha.update(f"{thing.mode} {thing.size}".encode() + thing.tobytes())
+        elif isinstance(thing, bytes):
+            self.sha.update(f"{len(thing)} ".encode() + thing)
+        elif isinstance(thing, (list, tuple)):
+            self.sha.update(f"[{len(thing)}]".encode())
+            for part in thing:
+                self.add(part)
+        elif isinstance(thing, dict):
+            self.add(sorted(thing))
+            self.add([thing[key] for key in sorted(thing)])
+        else:  # its length first: "ab", "c" are not "a", "bc"
+            text = str(thing).encode(errors="surrogateescape")
+            self.sha.update(f"{len(text)} ".encode() + text)
+        return thing
+
+    def of(self, data: Dataset) -> "Watched":
+        """The data set, whose items are added as they are read."""
+        return Watched(data, self)
+
+    def __str__(self) -> str:
+        return self.sha.hexdigest()
+
+
+class Watched:
+    def __init__(self, data: Dataset, fingerprint: Fingerprint) -> None:
+        self.data, self.fingerprint = data, fingerprint
+
+    def __getitem__(self, i: int) -> dict:
+        return self.fingerprint.add(self.data[i])
 
 
 def save_json(report: dict, path: Path) -> None:

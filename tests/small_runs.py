@@ -15,7 +15,7 @@ from torch import Tensor
 import train_phase1
 import train_phase2
 from tests.parity import randomise
-from unifashion import lora, runs, training
+from unifashion import lora, runs, seen, training
 from unifashion.blocks import UNetConfig
 from unifashion.config import PRESETS, TINY
 from unifashion.data import toy
@@ -111,7 +111,9 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def learned(folder: Path, which: str = "last") -> dict[str, Tensor]:
-    return load_file(folder / which / "model.safetensors")
+    """The weights of a run, without the record of its training."""
+    path = folder / which / "model.safetensors"
+    return seen.apart(load_file(path), path)[0]
 
 
 def moments(folder: Path) -> dict[str, Tensor]:

@@ -306,6 +306,7 @@ def test_the_command_prints_what_a_reader_needs_and_repeats(command, tmp_path):
     assert report["command"].startswith("python -m eval.captioning --data toy=")
     assert re.search(r"seen in training +0\n", printed) and re.search(r"split +test\n", printed)
     assert re.search(r"qformer sha256 +[0-9a-f]{64}\n", printed)
+    assert re.search(r"data sha256 +[0-9a-f]{64}\ntrained on .*\nverdict +unknown: ", printed)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["style"] for row in rows] == [style for style in READERS for _ in range(6)]
     for style in READERS:

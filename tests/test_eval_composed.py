@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from eval import composed
+from eval import composed, pools, report
 from eval.composed import (
     COMPOSED,
     EMPTY,
@@ -23,18 +24,19 @@ from eval.composed import (
     SHUFFLED,
     TEXT,
     WHITE,
-    Pool,
-    captions_of,
     judge,
+    judge_all,
 )
-from eval.report import shuffled
+from eval.pools import ORIGINAL, VAL, Pool, captions_of
+from eval.report import Fingerprint, shuffled
 from eval.truth import look
+from tests.goldens import GOLDEN
 from tests.rooms import SMALL, write_weights
 from tests.worlds import world_of
-from unifashion import UserError
+from unifashion import UserError, seen
 from unifashion.config import PRESETS
 from unifashion.data import toy
-from unifashion.data.fashioniq import CATEGORIES, FashionIQ, FashionIQCap, Triplet
+from unifashion.data.fashioniq import CATEGORIES, FashionIQ, FashionIQCap, Triplet, joined
 from unifashion.preprocess import qformer_image
 from unifashion.search import qformer_hash
 from unifashion.tokenizers import blip_caption
@@ -42,6 +44,7 @@ from weights.load import load_unifashion, tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+GOLD = json.loads((GOLDEN / "recall.json").read_text())
 SAMPLES = Path(os.environ.get("UNIFASHION_SAMPLES", "/nonexistent"))
 
 
@@ -49,26 +52,31 @@ SAMPLES = Path(os.environ.get("UNIFASHION_SAMPLES", "/nonexistent"))
 
 
 def test_a_pool_of_fashioniq_is_its_category_with_the_reference_in_it():
-    dress, shirt = composed.pools_of(small_data())
+    dress, shirt = pools.pools_of(small_data())
     assert (dress.name, dress.ids, shirt.name, shirt.ids) == ("dress", ["a", "b", "c"], "shirt", ["d", "e"])
     assert dress.right.int().tolist() == [[0, 1, 0], [1, 0, 0]] and shirt.right.int().tolist() == [[0, 1]]
     assert [row.reference for row in dress.rows] == ["a", "c"]
     assert dress.texts == ["Is red and has a bow", "Is longer and is blue"]  # "C1 and c2"
+    assert dress.kinds[ORIGINAL].all() and dress.kinds[VAL].tolist() == [True, True, True]
     without = small_data()
-    without.rows = without.rows[:2]
+    without.rows = without.rows[:1]
+    inner = pools.pools_of(SimpleNamespace(**vars(without) | {"pools": {"dress": ["a", "b", "c"]}}))[0]
+    assert inner.kinds[VAL].tolist() == [True, True, False]  # nobody asks from or for c
+    narrow = inner.of(VAL, torch.tensor([True]))
+    assert narrow.ids == ["a", "b"] and narrow.right.int().tolist() == [[0, 1]]
     with pytest.raises(UserError, match="there are no queries of shirt"):
-        composed.pools_of(without)
+        pools.pools_of(without)
 
 
 def test_in_one_pool_whatever_looks_like_the_target_is_right():
-    pool = composed.one_pool(small_data(), {"a": 7, "b": 8, "c": 9, "d": 8, "e": 7})
+    pool = pools.one_pool(small_data(), {"a": 7, "b": 8, "c": 9, "d": 8, "e": 7})
     assert pool.ids == [*"abcde"] and len(pool.rows) == 3
     assert pool.right.int().tolist() == [[0, 1, 0, 1, 0], [1, 0, 0, 0, 1], [1, 0, 0, 0, 1]]
 
 
 def test_twins_in_toyfashion_are_those_of_the_worlds_truth(world):
     data = FashionIQ(world / "fashioniq", "test")
-    pool = composed.toy_pool(world, data, "test")
+    pool = pools.toy_pool(world, data, "test")
     rows = [toy.Garment(**row["garment"]) for row in toy.read_rows(world, "test")]
     of = dict(zip(sorted(pool.ids), rows, strict=True))  # ids are running numbers, in the world's order
     assert len(pool.ids) == 30 and len(pool.rows) > 20
@@ -79,9 +87,9 @@ def test_twins_in_toyfashion_are_those_of_the_worlds_truth(world):
 
 
 def test_garments_that_training_saw_are_no_test(world, monkeypatch):
-    monkeypatch.setattr(composed, "seen_in_training", lambda rows, garments: 3)
+    monkeypatch.setattr(pools, "seen_in_training", lambda rows, garments: 3)
     with pytest.raises(UserError, match="^3 of 30 garments have a combination .* this is no test"):
-        composed.toy_pool(world, FashionIQ(world / "fashioniq", "test"), "test")
+        pools.toy_pool(world, FashionIQ(world / "fashioniq", "test"), "test")
 
 
 # Captions
@@ -134,9 +142,9 @@ def test_all_damaged_pictures_of_a_pool_are_named_at_once(tmp_path):
     Image.new("RGB", (3, 4)).save(tmp_path / "images/a.png")
     for name in ("b.png", "c.jpg"):
         (tmp_path / "images" / name).write_text("<html>")
-    pools = [Pool("all", ["a", "b", "c"], [], torch.zeros(0, 3))]
+    searched = [Pool("all", ["a", "b", "c"], [], torch.zeros(0, 3))]
     with pytest.raises(UserError, match="2 of 3 pictures are damaged: images/b.png, images/c.jpg"):
-        composed.check_pictures(SimpleNamespace(root=tmp_path), pools)
+        pools.check_pictures(SimpleNamespace(root=tmp_path), searched)
 
 
 # What the model says
@@ -145,10 +153,10 @@ def test_all_damaged_pictures_of_a_pool_are_named_at_once(tmp_path):
 def test_every_row_of_the_table_is_what_it_says(world, weights):
     model, words = load_unifashion("tiny", weights, draws=False), tokenizer("tiny", weights)
     data = FashionIQ(world / "fashioniq", "test")
-    pool = composed.toy_pool(world, data, "test")
+    pool = pools.toy_pool(world, data, "test")
     captions = [f"{'abcdefghij'[i % 10]} red dress" for i in range(len(pool.ids))]
     args = Namespace(batch_size=7, quiet=True, seed=0)
-    found = composed.search(model, words, data, pool, captions, args)
+    found = composed.search(model, words, data, pool, captions, args, Fingerprint())["original"]
 
     former, of = model.qformer, {name: i for i, name in enumerate(pool.ids)}
 
@@ -165,7 +173,7 @@ def test_every_row_of_the_table_is_what_it_says(world, weights):
         return places
 
     references = [row.reference for row in pool.rows]
-    texts = [composed.joined(row.captions, 0) for row in pool.rows]
+    texts = [joined(row.captions, 0) for row in pool.rows]
     z_t = former.embed_image(former(see(pool.ids))[0])
     z_c = former.embed_text(former(None, *text_of(captions))[1])
 
@@ -199,7 +207,7 @@ def test_every_row_of_the_table_is_what_it_says(world, weights):
         assert found[row].tolist() == rank(scores.numpy()), row
     assert len({tuple(ranks.tolist()) for ranks in found.values()}) == len(found)
 
-    bare = composed.search(model, words, data, pool, None, args)
+    bare = composed.search(model, words, data, pool, None, args, Fingerprint())["original"]
     assert list(bare) == [COMPOSED, PICTURE, EMPTY, TEXT, WHITE, SHUFFLED]
     assert torch.equal(bare[COMPOSED], found[NO_CAPTIONS]) and torch.equal(bare[PICTURE], found[PICTURE])
     assert bare[TEXT].tolist() == rank(
@@ -211,8 +219,8 @@ def test_every_row_of_the_table_is_what_it_says(world, weights):
 
 
 def test_figures_that_can_be_had_by_head():
-    pools = [Pool("dress", [*"ab"] * 50, [None] * 4, torch.eye(4, 100).bool())]
-    pools += [Pool("shirt", [*"ab"] * 100, [None] * 2, torch.eye(2, 200).bool())]
+    of = [Pool("dress", [*"ab"] * 50, [None] * 4, torch.eye(4, 100).bool())]
+    of += [Pool("shirt", [*"ab"] * 100, [None] * 2, torch.eye(2, 200).bool())]
     found = {
         "dress": ranked(
             composed=[1, 10, 11, 51],
@@ -223,7 +231,7 @@ def test_figures_that_can_be_had_by_head():
         ),
         "shirt": ranked(composed=[10, 50], picture=[1, 1], empty=[99, 99], text=[10, 99], white=[99, 99]),
     }
-    result = judge(found, pools)
+    result = judge(found, of)
 
     def figures(row: str, pool: str) -> list[float]:
         return [figure[0] for figure in result["recall"][row][pool]]
@@ -239,17 +247,52 @@ def test_figures_that_can_be_had_by_head():
     assert [f[0] for f in less[f"composed less {TEXT}"]] == [25, 62.5, 43.75]
     found["shirt"][EMPTY], found["shirt"][PICTURE] = found["shirt"][PICTURE], found["shirt"][EMPTY]
     found["shirt"][WHITE] = torch.tensor([10, 10])
-    result = judge(found, pools)
+    result = judge(found, of)
     assert result["controls"] == [EMPTY, WHITE] and f"composed less {WHITE}" in result["differences"]
+
+
+def test_the_same_ranks_are_not_of_both_kinds_of_pools_nor_of_queries_whose_target_is_seen(
+    world, weights, monkeypatch
+):
+    """Scores of all candidates, from which both kinds' ranks must come as if the others were not there."""
+    data = FashionIQ(world / "fashioniq", "val")
+    pool = max(pools.pools_of(data), key=lambda pool: len(pool.ids))
+    pool = pool.of(ORIGINAL, torch.arange(len(pool.rows)) < 5)
+    keep = torch.arange(len(pool.ids)) % 3 > 0
+    keep |= pool.right.any(0)
+    pool.kinds[VAL] = keep
+    scores = torch.rand(len(pool.rows), len(pool.ids), generator=torch.Generator().manual_seed(0))
+    for part in ("composed_scores", "image_to_image"):
+        monkeypatch.setattr(composed, part, lambda *_: scores)
+    model, words = load_unifashion("tiny", weights, draws=False), tokenizer("tiny", weights)
+    args = Namespace(batch_size=50, quiet=True, seed=0)
+    found = composed.search(model, words, data, pool, None, args, Fingerprint())
+    for kind, of in ((ORIGINAL, torch.ones_like(keep)), (VAL, keep)):
+        best = torch.where(pool.right, scores, -1).amax(1)
+        wanted = 1 + ((scores >= best[:, None]) & ~pool.right & of).sum(1)
+        assert found[kind][COMPOSED].tolist() == wanted.tolist()
+    assert found[VAL][COMPOSED].tolist() != found[ORIGINAL][COMPOSED].tolist()
+
+    results = judge_all({pool.name: found}, [pool], {pool.rows[0].target})
+    assert list(results) == [ORIGINAL, VAL, f"{ORIGINAL}{composed.UNSEEN}", f"{VAL}{composed.UNSEEN}"]
+    asked = torch.tensor([row.target != pool.rows[0].target for row in pool.rows])
+    for kind in (ORIGINAL, VAL):
+        for name, of in ((kind, asked | True), (f"{kind}{composed.UNSEEN}", asked)):
+            hit = 100 * (found[kind][COMPOSED][of] <= 10).double().mean().item()
+            assert results[name]["recall"][COMPOSED]["mean"][0][0] == pytest.approx(hit, abs=1e-4)
+        lucky = [results[name]["recall"]["chance"]["mean"][0][0] for name in (ORIGINAL, VAL)]
+        assert lucky[0] < lucky[1]  # among fewer it is easier
+    every = {row.target for row in pool.rows}
+    assert list(judge_all({pool.name: found}, [pool], every)) == [ORIGINAL, VAL]
 
 
 def test_intervals_have_the_width_of_theory_and_those_of_differences_know_the_pairs():
     n = 400
-    pools = [Pool("all", [""] * n, [None] * n, torch.eye(n).bool())]
+    of = [Pool("all", [""] * n, [None] * n, torch.eye(n).bool())]
     hit = [1 if i < 0.6 * n else 99 for i in range(n)]
     worse = [1 if i < 0.5 * n else 99 for i in range(n)]
     result = judge(
-        {"all": ranked(composed=hit, picture=worse, empty=[99] * n, text=worse, white=[99] * n)}, pools
+        {"all": ranked(composed=hit, picture=worse, empty=[99] * n, text=worse, white=[99] * n)}, of
     )
     figure, low, high = result["recall"][COMPOSED]["mean"][0]
     half = 196 * np.sqrt(0.6 * 0.4 / n)
@@ -310,7 +353,9 @@ def test_fashioniq_itself_is_set_beside_the_paper(command, world):
         assert f"{kind} R@10" in printed
     assert re.search(r"^UniFashion, Table 4 +58\.93 +76\.93 +67\.93$", printed, re.MULTILINE)
     assert re.search(r"^the same, w/o captions +55\.27 +74\.80 +65\.04$", printed, re.MULTILINE)
-    assert len(re.search(rf"^{COMPOSED} (.*)$", printed, re.MULTILINE)[1].split("]")) == 4 * 3 + 1
+    told = re.findall(rf"^{COMPOSED}  (.*)$", printed, re.MULTILINE)
+    assert len(told) == 2 and all(len(row.split("]")) == 4 * 3 + 1 for row in told)  # of each kind of pool
+    assert re.search(r"^original pools$.*^VAL pools$", printed, re.MULTILINE | re.DOTALL)
     assert "drawn" not in printed
 
 
@@ -346,6 +391,42 @@ def test_the_released_captions_are_refused_also_without_their_guidance(command, 
     with pytest.raises(UserError, match="written with the queries' texts at hand") as refusal:
         command("--data", f"fashioniq={SAMPLES / 'fashioniq'}", "--captions", *files)
     assert ("2017 of 3817 have a text_guidance" in str(refusal.value)) == guided
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs the sample annotations: set UNIFASHION_SAMPLES")
+def test_fashioniqs_own_pools_have_the_published_sizes_and_143_of_its_targets_are_seen(tmp_path):
+    data, gold = FashionIQ(SAMPLES / "fashioniq", "val", pictures=False), GOLD["fashioniq_sizes"]
+    for pool in pools.pools_of(data):
+        of, k = gold[pool.name], pool.kinds
+        assert len(pool.rows) == of["triplets"]
+        assert int(k[ORIGINAL].sum()) == of["original_split_candidates"]
+        assert int(k[VAL].sum()) == of["VAL_split_candidates(union of reference and target)"]
+        for kind, split in ((ORIGINAL, "original"), (VAL, "VAL")):
+            narrow = pool.of(kind, torch.ones(len(pool.rows), dtype=torch.bool))
+            for at in (10, 50):
+                lucky = report.chance(narrow.right.sum(1), len(narrow.ids), at)
+                assert lucky == pytest.approx(of[f"chance_R@{at}_{split}_%"], abs=1e-9)
+    train = {"seen.fashioniq": seen.hashes(seen.items(FashionIQ(SAMPLES / "fashioniq", "train", False))[1])}
+    for record, says in ((train, "the model's record"), ({}, "the train split here")):
+        save_file({"x": torch.ones(1), **record}, tmp_path / "model.safetensors")
+        found, told = pools.seen_targets(data, tmp_path / "model.safetensors")
+        of = {c: sum(row.target in found for row in data.rows if row.category == c) for c in CATEGORIES}
+        assert len(found) == 143 and of == {"dress": 0, "shirt": 72, "toptee": 71} and told.startswith(says)
+
+
+def test_the_notes_recall_is_had_through_the_evaluations_own_functions():
+    """As pools of one category: the golden's scores, ranked as `search` does, and judged."""
+    rng = np.random.RandomState(7)
+    for shape in ((60, 16), (180, 16), (10, 10), (10, 10), (10, 10)):
+        rng.randn(*shape)
+    scores, target = torch.from_numpy(rng.randn(40, 200)), 7 * torch.arange(40) % 200
+    scores[torch.arange(40), target] += 1.5
+    assert scores.sum().item() == pytest.approx(GOLD["fiq"]["checksum"] + 0, abs=1e-6)
+    pool = Pool("all", [*map(str, range(200))], [None] * 40, target[:, None] == torch.arange(200))
+    places = composed.ranks(scores, pool.right)
+    rows = (COMPOSED, PICTURE, EMPTY, TEXT, WHITE)
+    result = judge({"all": dict.fromkeys(rows, places)}, [pool])["recall"][COMPOSED]["all"]
+    assert {"R@10": result[0][0], "R@50": result[1][0]} == GOLD["fiq"]["result"]
 
 
 # Helpers

@@ -441,6 +441,10 @@ def test_the_report_holds_what_a_reader_needs_and_repeats(command, tmp_path, cap
     assert first["toyfashion"]["version"] == toy.VERSION and first["seen in training"] == 0
     assert first["commit"] == "a commit" and first["torch"] == torch.__version__
     assert len(first["qformer sha256"]) == 64 and first["qformer sha256"] in printed
+    assert (
+        first["verdict"].startswith("unknown: ") and first["verdict"] in printed
+    )  # these weights have no record
+    assert len(first["data sha256"]) == 64 and first["data sha256"] in printed
     assert first["palette rule on the truth"] >= 99 and set(ATTRIBUTES) < set(first["judge on the truth"])
     names = [
         "output",
@@ -476,6 +480,7 @@ def test_guidance_is_chosen_on_val(command):
     report = command("--guidances", "1,2.5", "--sampler", "ddim")
     rows = report["results"]["sketch+text"]["rows"]
     assert report["split"] == "val" and report["samples"] == 3  # all there are
+    assert "guidance was chosen on toy val, which is what is reported" in report["verdict"]
     assert list(rows)[:2] == ["ddim 2, guidance 1", "ddim 2, guidance 2.5"]
     assert rows["ddim 2, guidance 1"]["PSNR"] != rows["ddim 2, guidance 2.5"]["PSNR"]
     with pytest.raises(UserError, match="val"):

@@ -98,8 +98,9 @@ def test_the_report_holds_what_a_reader_needs(command, data, tmp_path, capsys):
     assert report["command"].startswith("python -m eval.generation --data vitonhd=")
     assert report["seed"] == 3 and report["pairs"] == f"{N} of {N}" and report["split"] == "test"
     assert report["setting"] == "ddim 2, guidance 2; from cloth and DensePose"
-    for k in ("qformer sha256", "model sha256", "pairs sha256", "inception sha256"):
+    for k in ("qformer sha256", "model sha256", "pairs sha256", "inception sha256", "data sha256"):
         assert len(report[k]) == 64 and report[k] in out
+    assert report["verdict"].startswith("unknown: ") and report["verdict"] in out
     assert "toyfashion" not in report and report["paper, unpaired"]["UniFashion"] == [8.42, 0.67]
     for rows in report["results"].values():  # no text, no CLIP-S
         assert list(rows) == [*OUTPUTS, "garments shuffled", *SHARED]
@@ -252,6 +253,7 @@ def test_pictures_of_any_model_are_measured_by_the_same_rules(command, data, kep
             )
     theirs = command("vitonhd", "--generated", str(tmp_path / "theirs"))
     assert theirs["made with"].startswith("unknown") and "qformer sha256" not in theirs
+    assert theirs["verdict"] == "unknown: of the model that made it nothing is known"
     for pairing in PAIRINGS:
         of = theirs["results"][pairing]
         assert list(of) == [

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from itertools import product
 from math import comb
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from tests.worlds import world_of
 from unifashion import UserError
 from unifashion.config import PRESETS
 from unifashion.data import toy
+from unifashion.data.fashiongen import FashionGen
 from unifashion.data.readers import READERS
 from unifashion.data.texts import WRITERS, named
 from unifashion.data.toy import Garment
@@ -231,8 +234,9 @@ def test_garments_that_training_saw_are_no_test(command, monkeypatch):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--samples 1", "--batch-size 0", "--seed -1", "--style vogue", "--out no/folder.json", "--out .", "--data fashiongen",
-     "--device tpu", "--split train"],
+    ["--samples 1", "--batch-size 0", "--seed -1", "--style vogue", "--out no/folder.json", "--out .", "--data fashion200k",
+     "--device tpu", "--split train", "--data fashiongen --split test", "--data fashiongen --samples 9",
+     "--data fashiongen --style fashiongen --samples 9", "--data fashiongen=nowhere"],
 )  # fmt: skip
 def test_wrong_input_is_refused_before_any_work(command, flags, monkeypatch):
     monkeypatch.setattr(report, "load_unifashion", lambda *_, **__: pytest.fail("work was begun"))
@@ -254,6 +258,102 @@ def test_the_users_error_is_one_line_and_code_2():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("retrieval.py: --samples") and done.stderr.count("\n") == 1
+
+
+# FashionGen
+
+
+def test_fashiongen_is_searched_by_both_protocols_beside_the_published_rows(command, world, tmp_path):
+    printed = command("--data", f"fashiongen={world / 'fashiongen'}", "--out", tmp_path / "figures.json")
+    told = dict(re.findall(r"^(\S.*?) {2,}(.*)$", printed, re.MULTILINE))
+    assert (told["pictures"], told["products"], told["split"]) == ("12", "4", "validation")
+    assert told["products of several texts"].startswith("0,") and "toyfashion" in told
+    assert re.search(r"^FAME-ViL +70\.0$", printed, re.MULTILINE)
+    assert re.search(r"^UniFashion, Table 1 +71\.41 .* 87\.55$", printed, re.MULTILINE)
+    assert re.search(r"^FAME-ViL, Table 1 +62\.86 .* 83\.14$", printed, re.MULTILINE)
+    assert "in a file that was never published" in printed and "say nothing about photographs" in printed
+    saved = json.loads((tmp_path / "figures.json").read_text())
+    assert list(saved["figures"]) == ["full gallery", "random-100"]
+    for rows in saved["figures"].values():
+        assert {"ours", "texts shuffled", "chance"} <= rows.keys()
+        assert all(row.keys() == {*COLUMNS, "mean"} for row in rows.values())
+    again = command("--data", f"fashiongen={world / 'fashiongen'}", "--batch-size", "5")
+    assert figures_of(again) == figures_of(printed)
+
+
+def test_what_is_searched_in_fashiongen_are_a_products_text_and_all_its_pictures(command, world, monkeypatch):
+    seen = {}
+
+    def embed(model, open_, n, *_):
+        seen["pictures"] = [np.asarray(open_(i)) for i in range(n)]
+        return torch.eye(4).repeat_interleave(3, 0)[:, None]  # three views of each
+
+    monkeypatch.setattr(retrieval, "embed_pictures", embed)
+    monkeypatch.setattr(
+        retrieval, "embed_texts", lambda m, w, texts, b: seen.setdefault("texts", texts) and torch.eye(4)
+    )
+    printed = command("--data", f"fashiongen={world / 'fashiongen'}")
+    data = FashionGen(world / "fashiongen", "validation")
+    assert seen["texts"] == [data.texts[i] for i in (0, 3, 6, 9)] and len({*seen["texts"]}) == 4
+    assert all(np.array_equal(np.asarray(data[i]["image"]), seen["pictures"][i]) for i in range(12))
+    assert len(re.findall(r"^ours( +100\.0 \[100\.0, 100\.0\]){7}$", printed, re.MULTILINE)) == 2
+
+
+def test_a_fashiongen_that_is_not_whole_gets_no_figure(command, world, tmp_path, monkeypatch, capsys):
+    """Cut rows, a row without a text, a picture that cannot be read."""
+    folder = tmp_path / "real"
+
+    def copied(change) -> Path:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(world / "fashiongen", folder)
+        with h5py.File(folder / "fashiongen_256_256_validation.h5", "r+") as file:
+            change(file)
+        return folder
+
+    def refused(match: str) -> None:
+        with pytest.raises(UserError, match=match):
+            command("--data", f"fashiongen={folder}")
+        assert "ours" not in capsys.readouterr().out
+
+    copied(lambda file: None)
+    refused("has 12 rows, not 32528")
+    monkeypatch.setattr(retrieval, "ROWS", 12)
+    command("--data", f"fashiongen={folder}")
+
+    def silence(file) -> None:
+        for column in ("name", "description"):
+            file[f"input_{column}"][5] = b""
+
+    copied(silence)
+    refused("1 rows have no text, row 5 for one")
+
+    def shorten(file) -> None:
+        for key in list(file):
+            rows = file[key][:9]
+            del file[key]
+            file[key] = rows
+
+    copied(shorten)
+    refused("has 9 rows, not 12")
+    copied(lambda file: None)
+    path = folder / "fashiongen_256_256_validation.h5"
+    with h5py.File(path) as file:
+        chunk = file["input_image"].id.get_chunk_info(7)
+    raw = bytearray(path.read_bytes())
+    raw[chunk.byte_offset : chunk.byte_offset + chunk.size] = bytes(chunk.size)
+    path.write_bytes(raw)
+    refused("the picture of row 7 cannot be read")
+
+
+def test_a_world_whose_fashiongen_has_other_garments_than_it_is_refused(command, world, tmp_path):
+    ours = tmp_path / "toy"
+    shutil.copytree(world / "fashiongen", ours / "fashiongen")
+    for name in ("toy.json", "attributes_train.jsonl"):
+        shutil.copy(world / name, ours)
+    lines = (world / "attributes_val.jsonl").read_text().splitlines(keepends=True)
+    (ours / "attributes_val.jsonl").write_text("".join(lines[:3]))
+    with pytest.raises(UserError, match="has 12 rows, not 9"):
+        command("--data", f"fashiongen={ours / 'fashiongen'}")
 
 
 # Helpers

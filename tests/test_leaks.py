@@ -4,13 +4,14 @@ import json
 import math
 import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from eval import leaks
-from eval.leaks import bm25_ranks, check, copied, surely, words
+from eval.leaks import bm25_ranks, check, copied, own_file, surely, text_alone, words
 from unifashion import UserError
 from unifashion.data.texts import WORDS, choose, detailed, flat
 from unifashion.data.world import COMBINATION, sample_garment
@@ -174,6 +175,30 @@ def test_bm25_is_the_textbooks():
         assert ranks.tolist() == [(score >= score[i] - 1e-12).sum() - 1 for i in range(40)]
 
 
+def test_the_text_alone_is_searched_by_its_content_words_each_once():
+    pool = ["a", "b", "c"]
+    rows = [{"image": f"images/{name}.png", "caption": text} for name, text in
+            zip(pool, ["the red of the red", "it is with the and of", "red red dress"], strict=True)]  # fmt: skip
+    assert text_alone(rows, [("is the red", "a")], pool) == (100, 100)
+    many = [f"i{n}" for n in range(100)]
+    rows = [{"image": name, "caption": f"the red dress{n // 20}"} for n, name in enumerate(many)]
+    asked = [
+        ("with the red dress1", "i20"),
+        ("dress1 dress1 dress1 blue", "i30"),
+        ("the", "i40"),
+        ("dress9", "i7"),
+    ]
+    assert text_alone(rows, asked[:2], many) == (0, 100)  # ties of twenty are lost
+    assert text_alone(rows, asked[2:], many) == (0, 0)
+    assert text_alone([*rows[:20], *rows[21:]], asked[:1], many) == (0, 0)  # a target without a caption
+
+
+def test_a_category_has_its_own_file_or_all_of_them():
+    rows = [[caption("a")], [caption("b")], [caption("c")]]
+    files = dict(zip(map(Path, ("x.dress.json", "x.shirt.json", "all.jsonl")), rows, strict=True))
+    assert own_file(files, "shirt") == rows[1] and own_file(files, "toptee") == [r for of in rows for r in of]
+
+
 def test_ties_are_lost():
     captions = [words("red dress")] * 30 + [words("blue dress")] * 30
     (ranks,) = bm25_ranks(captions, [words("red"), words("green")], np.array([0, 0]))
@@ -234,7 +259,8 @@ def test_the_command_refuses_and_lets_pass(tmp_path: Path, capsys: pytest.Captur
     write_fashioniq(tmp_path, queries, pool)
     assert run(tmp_path, write_rows(tmp_path / f"good.{form}", rows)) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("shirt: 400 queries, 600 candidates, 0 of them") and out.count("\n") == 2
+    assert out.startswith("shirt: 400 queries, 600 candidates, 0 of them") and out.count("\n") == 3
+    assert "\ntext alone, mean of 1: R@10 " in out
     assert out.endswith("\nno leak found\n") and err == ""
 
     bad = write_rows(tmp_path / f"bad.{form}", [{"image": t, "caption": text} for text, t in queries])
@@ -338,7 +364,9 @@ def test_the_command_refuses_the_released_files(capsys: pytest.CaptureFixture):
     files = [str(SAMPLES / f"fashioniq_cap/next_llava.val.{name}.caption.json") for name in CATEGORIES]
     assert leaks.main(["--captions", *files, "--data", f"fashioniq={SAMPLES / 'fashioniq'}"]) == 2
     out, err = capsys.readouterr()
-    assert [line.split(":")[0] for line in out.splitlines()] == [*CATEGORIES]
+    assert [line.split(":")[0] for line in out.splitlines()] == [*CATEGORIES, "text alone, mean of 3"]
+    ten, fifty = map(float, re.search(r"mean of 3: R@10 (\S+) R@50 (\S+) ", out).groups())
+    assert abs(ten - 55.30) <= 0.05 and abs(fifty - 67.99) <= 0.05  # notes/upstream.md 4.3
     assert err.count("\n") == 1 and all(f"{name}: " in err for name in CATEGORIES)
     assert leaks.main(["--captions", files[1], "--data", f"fashioniq={SAMPLES / 'fashioniq'}"]) == 2
     told = capsys.readouterr().out.splitlines()
@@ -346,6 +374,10 @@ def test_the_command_refuses_the_released_files(capsys: pytest.CaptureFixture):
 
 
 # helpers
+
+
+def caption(image: str) -> dict:
+    return {"image": image, "caption": "red"}
 
 
 def refusal(rows: list[dict], queries: list[tuple[str, str]], pool: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ from tests.small_runs import (
     run,
     state,
 )
-from unifashion import UserError, llama, lora, parallel, runs, sheets, training
+from unifashion import UserError, llama, lora, parallel, runs, seen, sheets, training
 from unifashion.config import FULL, PRESETS
 from unifashion.garment import GarmentEncoder
 from unifashion.model import UniFashion, start_adapter
@@ -595,7 +595,8 @@ def test_only_a_run_with_the_shipped_frozen_files_is_shipped_with_the_curves_of_
     pretrain.main(["ship", "--init", str(place / "b")])
     assert drawn == [["a", "b"]]
     assert f"losses.png is without the curves of {place}/phase1.safetensors" in capsys.readouterr().err
-    whole = load_file(weights / "model.safetensors")
+    whole, record = seen.apart(load_file(weights / "model.safetensors"), weights)
+    assert record  # tests/test_seen.py holds it to what it should be
     assert {"qformer", "garment", *WRITES, *DRAWS} == {runs.part_of(name) for name in whole}
     assert_same(whole, {name: x.half() for name, x in learned(place / "b", "best").items()})
     shipped = (weights / "model.safetensors").read_bytes()

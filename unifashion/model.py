@@ -40,7 +40,8 @@ class UniFashion(nn.Module):
     def __init__(self, cfg: UniFashionConfig, draws: bool = True, writes: bool = False) -> None:
         super().__init__()
         self.cfg = cfg
-        self.carried: dict[str, Tensor] = {}  # of the half that is not here, what training has learned so far
+        # What training has learned so far of the half that is not here, and the record of what it was trained on (`seen`)
+        self.carried: dict[str, Tensor] = {}
         self.vit = ViT(cfg.vit)
         self.qformer = QFormer(cfg.qformer)
         if draws:

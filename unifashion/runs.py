@@ -7,7 +7,7 @@ RUN/losses.png      the curves of metrics.jsonl
 RUN/skipped.txt     samples that could not be read, and why; in phase 2 skipped.TASK.txt
 RUN/nan.json        where a loss was not a number: the step, and what was in its batch; of several processes nan.RANK.json
 RUN/lock            held while a process works here
-RUN/last/, best/    model.safetensors      everything learned so far, under our module names; EMA where there is one
+RUN/last/, best/    model.safetensors      everything learned so far, under our module names; EMA where there is one; `seen`
                     optimizer.safetensors  AdamW's moments, and the raw weights of what has an EMA
                     state.json             step, best loss, modules, git commit
 
@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unifashion import UserError, lora, parallel, sheets
+from unifashion import UserError, lora, parallel, seen, sheets
 from unifashion.config import UniFashionConfig
 from unifashion.data import read_json
 from unifashion.model import UniFashion
@@ -360,12 +360,14 @@ def load_learned(model: nn.Module, path: Path) -> list[str]:
     """
     Load a `model.safetensors`: each part is in it wholly or not at all. -> the parts found.
 
-    Those of the half that a `UniFashion` was built without go into its `carried`, and from there into what it saves.
+    Those of the half that a `UniFashion` was built without go into its `carried`, with the record of what was trained on
+    (`seen`), which is no part: from there they go into what it saves.
     """
     try:
         tensors = load_file(path)
     except Exception as error:  # safetensors raises its own type for a truncated file
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    tensors, record = seen.apart(tensors, path)
     own = model.state_dict()
     here = {part_of(k) for k in own}
     if isinstance(model, UniFashion) and any(part_of(k) not in here for k in tensors):
@@ -388,8 +390,9 @@ def load_learned(model: nn.Module, path: Path) -> list[str]:
         for k, v in tensors.items():
             if part_of(k) in here:
                 own[k].copy_(parallel.like(v, own[k]))
-    if parts - here:
-        model.carried = {k: v for k, v in tensors.items() if part_of(k) not in here}
+    if isinstance(model, UniFashion):
+        record = record or {seen.UNKNOWN: seen.nothing()}
+        model.carried = {k: v for k, v in tensors.items() if part_of(k) not in here} | record
     return sorted(parts & here)
 
 

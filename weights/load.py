@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from unifashion import UserError, lora
+from unifashion import UserError, lora, seen
 from unifashion.blocks import zero
 from unifashion.config import PRESETS
 from unifashion.model import HALVES, UniFashion
@@ -180,7 +180,8 @@ def load_unifashion(
     path, folder = learned_file(preset, folder), folder_of(preset, folder)
     _check_frozen_hashes(path, folder)
     model = _blank(preset, draws, writes)
-    found = check_finished(path, learned := read_checkpoint(path), preset, draws, writes)
+    learned, _ = seen.apart(read_checkpoint(path), path)  # the record is for evaluations
+    found = check_finished(path, learned, preset, draws, writes)
     parts = nn.ModuleDict(model.named_children())
     untouched = [part for part in parts if part not in found]
     files = _public_files(preset, folder, untouched)

@@ -37,7 +37,7 @@ class FashionGen:
     SOURCE = "ask for it at fashion-gen.com"
 
     def __init__(self, root: str | Path, split: str = "train") -> None:
-        self.split = "validation" if split == "val" else split
+        self.root, self.split = Path(root), "validation" if split == "val" else split
         self.file = Path(root, f"fashiongen_256_256_{self.split}.h5")
         self.opened = None  # (process, h5py.File)
         if not self.file.is_file():

@@ -23,7 +23,7 @@ class MGD:
     SOURCE = "get the VITON-HD archive at github.com/aimagelab/multimodal-garment-designer and unpack it here"
 
     def __init__(self, root: str | Path, split: str = "train", paired: bool = True) -> None:
-        folder = Path(root, split)
+        self.root, folder = Path(root), Path(root, split)
         self.own_mask = (folder / "image-parse-v3").is_dir() and not (folder / "agnostic-mask").is_dir()
         folders = FOLDERS
         if self.own_mask:

@@ -2,9 +2,11 @@
 
     python -m weights.tiny.pretrain vocab|words|vae|vit|llama --data data/toy    writes over its file in weights/tiny/
     python -m weights.tiny.pretrain ship --init runs/phase2     the best of a run -> weights/tiny/model.safetensors, losses.png
+    python -m weights.tiny.pretrain record --data data/toy      says in that file that this, and nothing else, was trained on
 
 model.safetensors knows which ViT, VAE, LLM and vocabularies it was trained with, and is not loaded beside others: it then has to be
-trained anew. --out, runs/PART if not given, holds checkpoints and curves.
+trained anew. --out, runs/PART if not given, holds checkpoints and curves. It also knows what it was trained on (`unifashion.seen`): training
+writes that, `ship` keeps it, and `record` puts it into a file whose training did not, leaving every weight as it is.
 
 The VAE learns to give pictures back: |x - x'| + 5 (x - x')^2 + half of |grad x - grad x'|, all means, + 2e-7 KL, a sum per
 picture. The ViT, which stands in for EVA-CLIP, learns to name a garment's attributes from its photograph (several views) and
@@ -26,12 +28,13 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from unifashion import Parser, UserError, feed, runs, sheets, training
+from unifashion import Parser, UserError, feed, runs, seen, sheets, training
 from unifashion.config import TINY
 from unifashion.data import open_image, read_json, toy
 from unifashion.data.fashion200k import Fashion200K
@@ -241,7 +244,9 @@ def train(
 def save_half(tensors: dict[str, Tensor], path: Path, beside: dict[str, str] | None = None) -> None:
     """Shipped weights are float16: half the download, and no picture shows it. `beside`: the files that they belong to."""
     new = path.with_suffix(".new")
-    save_file({k: v.half().contiguous() for k, v in tensors.items()}, new, beside)
+    save_file(
+        {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in tensors.items()}, new, beside
+    )
     new.replace(path)
     print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
 
@@ -296,13 +301,24 @@ def write_words() -> None:
     print(f"wrote {path}: {len(SentencePiece(path))} pieces; a text has {max(lengths)} tokens at most")
 
 
+def add_record(path: Path, root: Path) -> None:
+    """Into a file of weights the record that all it was trained on is the ToyFashion at `root`; weights and metadata stay."""
+    with safe_open(path, "pt") as file:
+        beside = file.metadata()
+    weights, _ = seen.apart(load_file(path), path)
+    new = path.with_suffix(".new")
+    save_file(weights | seen.record([MGD(root / "vitonhd", "train")]), new, beside)
+    new.replace(path)
+    print(f"{path} was trained on {seen.read_record(path).told()}")
+
+
 def _read_config(run: Path) -> dict:
     return read_json(run / "config.json")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("part", choices=["vocab", "words", "vae", "vit", "llama", "ship"])
+    parser.add_argument("part", choices=["vocab", "words", "vae", "vit", "llama", "ship", "record"])
     parser.add_argument("--data", type=Path, default=Path("data/toy"))
     parser.add_argument(
         "--out",
@@ -353,6 +369,8 @@ def main(argv: list[str] | None = None) -> None:
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {value}, must be positive")
     root = training.toy_folder(args.data)
+    if args.part == "record":
+        return add_record(HERE / "model.safetensors", root)
     if args.part == "vocab":
         return write_vocab(root)
     if args.part == "words":

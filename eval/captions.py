@@ -78,10 +78,10 @@ def beside_the_paper(captions: Texts, references: Texts) -> str:
         "\n" + line("FashionGen", METRICS),
         *(line(name, [cell(row.get(metric, [])) for metric in METRICS]) for name, row in ours.items()),
         line("UniFashion, Table 2", map(str, PAPER.values())),
-        "whole texts: pycocoevalcap's metrics. released: src/metric.py cuts both texts to 100 characters and takes the one",
+        "protocol of ours: whole texts, pycocoevalcap's metrics. As released: src/metric.py cuts both texts to 100 characters and takes the one",
         "for the other; it has no CIDEr. FAME-ViL's way: BLEU without guards, ROUGE-L as Google's. METEOR needs",
         "Java and pycocoevalcap. Intervals: 95 %, bootstrap over pictures.",
-        f"Which pictures the paper took is not said: these are {len(captions)} products of validation, a picture each.",
+        f"protocol of the paper's: which pictures it took is not said. These are {len(captions)} products of validation, a picture each.",
     ]
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """The README's commands against what they promise: each bash block runs here, as written but for places and lengths."""
 
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -9,13 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval.leaks
 import infer
 import train_phase1
 import train_phase2
+from eval import miniature, realism
+from tests import test_inception
 from unifashion.data import keywords, toy
 from unifashion.data.texts import named
+from weights.inception import FILES
 from weights.load import FOLDERS, LEARNED, load_unifashion
 from weights.tiny import pretrain
 
@@ -34,6 +39,7 @@ TRAINS = {"train_phase1.py": train_phase1, "train_phase2.py": train_phase2}
 
 def test_every_block_is_run_by_a_test_or_by_ci():
     by_tests = {"try-on", "use", "train (hours)", "several processes (hours)", "annotate (needs Fashion-IQ)"}
+    by_tests |= {"evaluate (needs the data sets)", "miniature (hours)"}
     assert BLOCKS.keys() == {*by_tests, "tests"}  # .ci/run runs "tests"
 
 
@@ -148,3 +154,37 @@ def test_the_commands_that_annotate_make_their_files(tmp_path, monkeypatch, caps
     assert len(Path("data/fashioniq/captions.jsonl").read_text().splitlines()) == len(pictures)
     assert guard[:2] == ["-m", "eval.leaks"]
     assert eval.leaks.main(guard[2:]) == 0
+
+
+@pytest.mark.slow
+def test_the_evaluations_write_their_reports(tmp_path, monkeypatch, capsys):
+    """On ToyFashion in the places of the originals, with the tiny model and an Inception of random numbers; CLIP is missing."""
+    monkeypatch.chdir(tmp_path)
+    toy.ensure(tmp_path / "toy", train=12, val=20, test=6, workers=1, quiet=True)
+    (tmp_path / "data").mkdir()
+    for name in ("fashiongen", "fashioniq", "vitonhd"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "toy" / name)
+    (tmp_path / "data/mgd").symlink_to(tmp_path / "toy/vitonhd")
+    files = (tmp_path / "data/fashioniq").glob("next_llava.val.*.json")
+    captions = [row for file in files for row in json.loads(file.read_text())]
+    lines = [json.dumps({"image": row["image"], "caption": row["caption"]}) for row in captions]
+    (tmp_path / "data/fashioniq/captions.jsonl").write_text("\n".join(lines))
+    torch.save({k: v.float() for k, v in test_inception.weights().items()}, tmp_path / FILES[0])
+    monkeypatch.setattr(realism, "INCEPTION", tmp_path)
+    for line in BLOCKS["evaluate (needs the data sets)"]:
+        module, arguments = re.fullmatch(r"\.venv/bin/python -m (\S+) --preset full (.*)", line).groups()
+        few = ["--steps", "2"] if module == "eval.generation" else []
+        few += ["--split", "val"] if "captioning" in module else []
+        words = [*shlex.split(arguments), *few, "--preset", "tiny", "--quiet"]
+        importlib.import_module(module).main(words)
+        report = json.loads((tmp_path / words[words.index("--out") + 1]).read_text())
+        assert {"command", "commit", "seed", "data sha256", "qformer sha256", "verdict"} <= report.keys()
+        printed = capsys.readouterr().out
+        assert re.search("^verdict +", printed, re.MULTILINE) and "protocol" in printed
+
+
+def test_the_miniature_is_said_as_it_is_run():
+    [line] = BLOCKS["miniature (hours)"]
+    words = shlex.split(line.removeprefix(".venv/bin/python -m eval.miniature "))
+    args = miniature.parse(words)  # tests/test_miniature.py runs it
+    assert args.seeds == miniature.SEEDS and args.jobs == 2

@@ -230,7 +230,7 @@ def search(args: argparse.Namespace) -> None:
     cfg, device, dtype = settle(args, notes)
     if args.sheet:
         preprocess.check_png_path(args.sheet)
-        if args.image and args.sheet.exists() and args.image.exists() and args.sheet.samefile(args.image):
+        if args.image and args.sheet.exists() and os.path.exists(args.image) and args.sheet.samefile(args.image):
             raise UserError(f"{args.sheet} is the picture that is looked for: give --sheet another name")
     catalog = Catalog(args.catalog)
     otherwise = "search with the model that made it, or index the pictures anew with this one"

@@ -104,6 +104,8 @@ def test_broken_pictures_and_folders_are_skipped_and_named(room: Path, capsys, m
     write_bad_files(room / "shop/a b")
     (room / "shop/a b/whole.png").unlink()
     (room / "shop/gone.png").symlink_to("nowhere.png")
+    for name in ("ring", "ring.png"):
+        (room / "shop" / name).symlink_to(name)
     os.mkfifo(room / "shop/pipe.png")
     (room / "shop/locked").mkdir()
     photo(room / "shop/locked/l.png", (20, 20), 32)
@@ -111,10 +113,11 @@ def test_broken_pictures_and_folders_are_skipped_and_named(room: Path, capsys, m
     out, err = run(capsys, "index", "--images", "shop", "--out", "cat", quiet=False)
     told = {line for line in err.replace("\r", "\n").splitlines() if line.startswith("skipped: ")}
     kinds = BAD_FILES.keys() - {"absent.png", "folder.png"}
-    assert len(told) == len(kinds) + 3
+    assert len(told) == len(kinds) + 5
     for kind in kinds:
         assert any(f"skipped: shop/a b/{kind}: {BAD_FILES[kind]}" in line for line in told)
     assert {"skipped: shop/gone.png: No such file or directory", "skipped: shop/pipe.png: not a file"} < told
+    assert {f"skipped: shop/{x}: Too many levels of symbolic links" for x in ("ring", "ring.png")} < told
     assert "skipped: shop/locked: Permission denied" in told
     assert out == "" and err.endswith(f"8 pictures in cat: 8 new, 0 dropped; {len(told)} skipped\n")
     assert [row["path"] for row in rows(room)] == PATHS
@@ -541,6 +544,7 @@ BAD = {
     "out is a folder of other things": ("index --images shop --out shop", "shop is a folder of other things"),
     "out is nothing": ("index --images shop --out ''", ". is a folder of other things"),
     "out is too long": (f"index --images shop --out {'o' * 300}", "File name too long"),
+    "pictures' folder is too long": (f"index --images {'o' * 300} --out new", "no such folder"),
     "an unknown style": (INDEX + " --captions vogue", "unknown caption style 'vogue'"),
     "captions, where there were none": (INDEX + " --captions", "cat was made with captions none, not fashiongen"),
     "none, where there were captions": ("index --images shop --out told", "told was made with captions fashiongen, not none"),
@@ -553,6 +557,8 @@ BAD = {
     "nothing to look for": ("search --catalog cat", "say what is looked for: --text, --image, or both"),
     "no catalogue": ("search --text dress", "required: --catalog"),
     "no such catalogue": ("search --catalog nowhere --text dress", "nowhere is no catalogue: there is no"),
+    "a name that is too long": (f"search --catalog {'o' * 300} --text dress", "is no catalogue: there is no"),
+    "a picture's that is too long": (f"search --catalog cat --image {'o' * 300} --sheet query.png", "no such file"),
     "a folder that is none": ("search --catalog shop --text dress", "shop is no catalogue: there is no"),
     "one that is not done": ("search --catalog part --text dress", "its indexing has not come to its end"),
     "one that is damaged": ("search --catalog spoilt --text dress", "spoilt/embeddings.safetensors is damaged"),

@@ -63,8 +63,8 @@ class Catalog:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / EMBEDDINGS
-        if not self.file.is_file():
-            begun = (folder / "items.part").exists()
+        if not os.path.isfile(self.file):
+            begun = os.path.exists(folder / "items.part")
             what = "its indexing has not come to its end" if begun else "infer.py index makes one"
             raise UserError(f"{folder} is no catalogue: there is no {EMBEDDINGS} in it; {what}")
         with naming(self.file, "read"):

@@ -59,8 +59,8 @@ def pictures_under(folder: Path) -> tuple[list[File], list[str]]:
     Hidden files and folders are left out. Links are followed, but each real folder is looked into once, if it can be under its
     real name. Raises UserError for a folder that cannot be looked into, and for one without a picture.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: {'not a folder' if os.path.exists(folder) else 'no such folder'}")
     files: list[File] = []
     skipped: list[str] = []
     known: set[tuple[int, int]] = set()
@@ -83,18 +83,17 @@ def pictures_under(folder: Path) -> tuple[list[File], list[str]]:
             path = os.path.join(inner, entry.name)
             if entry.name[0] == ".":
                 continue
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(path)
-            elif Path(path).suffix.lower() in PICTURES:
-                try:
+            try:
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(path)
+                elif Path(path).suffix.lower() in PICTURES:
                     status = entry.stat()
-                except OSError as error:  # a link to nothing
-                    skipped.append(f"{folder / path}: {error.strerror}")
-                    continue
-                if stat.S_ISREG(status.st_mode):
-                    files.append(File(path, stamp(status)))
-                else:
-                    skipped.append(f"{folder / path}: not a file")
+                    if stat.S_ISREG(status.st_mode):
+                        files.append(File(path, stamp(status)))
+                    else:
+                        skipped.append(f"{folder / path}: not a file")
+            except OSError as error:  # a link to nothing, to itself, or into a folder that is forbidden
+                skipped.append(f"{folder / path}: {error.strerror}")
     if not files:
         raise UserError("; ".join([f"{folder}: no pictures in it", *skipped[:3]]))
     return sorted(files, key=lambda file: os.fsencode(file.path)), skipped

@@ -334,7 +334,6 @@ def _old(out: Path, about: dict[str, str], quiet: bool) -> Catalog | None:
     check_same(out, old.about, about, OTHERWISE)
     old.verify(quiet)
     os.replace(old.items_file, out / ITEMS)  # if it was killed between the two renames
-    old.items_file = out / ITEMS
     return old
 
 

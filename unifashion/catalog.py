@@ -247,21 +247,26 @@ def write(
     arrays  all numbers, float16, in the order of `shapes`, in pieces: they need not fit into memory
     """
     new = {name: folder / f"{name}.new" for name in (EMBEDDINGS, ITEMS)}
-    digest = hashlib.sha256()
-    with written(new[ITEMS]) as file:
-        for item in items:
-            line = json.dumps(item).encode() + b"\n"
-            digest.update(line)
-            file.write(line)
-    about = about | {"items": digest.hexdigest(), "sha256": UNKNOWN}
-    digest = hashlib.sha256(header(about, shapes))
-    with written(new[EMBEDDINGS]) as file:
-        file.write(header(about, shapes))
-        for piece in arrays:
-            digest.update(piece)
-            file.write(piece)
-        file.seek(0)
-        file.write(header(about | {"sha256": digest.hexdigest()}, shapes))
+    try:
+        digest = hashlib.sha256()
+        with written(new[ITEMS]) as file:
+            for item in items:
+                line = json.dumps(item).encode() + b"\n"
+                digest.update(line)
+                file.write(line)
+        about = about | {"items": digest.hexdigest(), "sha256": UNKNOWN}
+        digest = hashlib.sha256(header(about, shapes))
+        with written(new[EMBEDDINGS]) as file:
+            file.write(header(about, shapes))
+            for piece in arrays:
+                digest.update(piece)
+                file.write(piece)
+            file.seek(0)
+            file.write(header(about | {"sha256": digest.hexdigest()}, shapes))
+    except OSError:  # on a full disk half a catalogue would be in the way
+        for file in new.values():
+            file.unlink(missing_ok=True)
+        raise
     for name in (EMBEDDINGS, ITEMS):
         os.replace(new[name], folder / name)
 

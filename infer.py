@@ -273,7 +273,7 @@ def search(args: argparse.Namespace) -> None:
 
 def tell(args: argparse.Namespace, notes: list[str]) -> None:
     if not args.quiet:
-        print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
+        print(*(f"note: {plain(note)}\n" for note in notes), sep="", end="", file=sys.stderr)
 
 
 def plain(text: str) -> str:

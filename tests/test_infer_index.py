@@ -481,7 +481,8 @@ def test_the_sheet_shows_what_was_asked_for_and_what_was_found(room: Path, capsy
     assert text == "looked for\na red dress" and picture.tobytes() == read_image("query.png").tobytes()
     for one, (caption, image) in zip(told, shown, strict=True):
         assert caption == f"{one['rank']}   {one['score']:.4f}\n{Path(one['path']).name}"
-        assert image.tobytes() == read_image(room / "shop" / one["path"]).tobytes()
+        assert image.tobytes() == sheets.shrunk(read_image(room / "shop" / one["path"])).tobytes()
+        assert max(image.size) < 200  # a hundred photographs as they are would be gigabytes
     assert pixels(room / "s.png").shape == (2 * 240, 6 * 200, 3) and "grey" not in err
 
 
@@ -513,6 +514,16 @@ def test_a_sheet_has_room_for_a_hundred(room: Path, capsys, monkeypatch):
     told, err = find(room, capsys, "--text", "red", "--sheet", "s.png", quiet=False)
     assert len(told) == 8 and "note: the sheet shows the first 3\n" in err
     assert pixels(room / "s.png").shape == (240, 4 * 200, 3)
+
+
+def test_the_thinnest_strip_has_its_place_on_a_sheet(room: Path, capsys):
+    photo(room / "shop/strip.png", (3, 900), 40)
+    photo(room / "query.png", (900, 2), 41)
+    index(room, capsys)
+    _, err = find(room, capsys, "--image", "query.png", "--sheet", "s.png", quiet=False)
+    assert pixels(room / "s.png").shape == (2 * 240, 6 * 200, 3) and "grey" not in err
+    for size, shown in (((900, 2), (188, 1)), ((3, 4), (141, 188))):
+        assert sheets.shrunk(Image.new("RGB", size)).size == shown
 
 
 def test_captions_of_a_sheet_are_drawn_in_any_script():
@@ -617,6 +628,26 @@ def test_a_disk_that_is_full_is_told(room: Path, capsys, monkeypatch):
 
     monkeypatch.setattr(indexing.os, "fsync", full)
     refused(capsys, "index --images shop --out cat", "cat cannot be written: No space left on device")
+    assert left_behind(room / "cat") == {PART}
+
+
+def test_what_a_full_disk_does_not_hold_is_not_left_there(room: Path, capsys, monkeypatch):
+    """Of a new catalogue: what was embedded stays, for the next run, and the old catalogue."""
+    index(room, capsys)
+    photo(room / "shop/new.png", (50, 30), 90)
+    fsync = os.fsync
+
+    def full(file: int) -> None:
+        if os.readlink(f"/proc/self/fd/{file}").endswith(f"{EMBEDDINGS}.new"):
+            raise OSError(28, "No space left on device")
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog.os, "fsync", full)
+        refused(capsys, "index --images shop --out cat", "cat cannot be written: No space left on device")
+    assert left_behind(room / "cat") - {"checked.json"} == {EMBEDDINGS, ITEMS, LOCAL, PART, PART_ITEMS}
+    assert len(find(room, capsys, "--text", "red")[0]) == 8
+    assert index(room, capsys)["embedded"] == 0 and len(find(room, capsys, "--text", "red")[0]) == 9
 
 
 @pytest.mark.parametrize("command", ["index", "search"])

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from unifashion import UserError
 from unifashion.preprocess import read_image, save_png
 from unifashion.search import best
-from unifashion.sheets import found_sheet
+from unifashion.sheets import found_sheet, shrunk
 
 VERSION = "1"
 EMBEDDINGS, ITEMS, LOCAL, CHECKED = "embeddings.safetensors", "items.jsonl", "local.jsonl", "checked.json"
@@ -198,7 +198,8 @@ class Catalog:
             try:
                 if there is None:
                     raise UserError(f"{item['path']}: where the pictures lie is not known: index them again")
-                image = read_image(there / item["path"])
+                # Small at once: a hundred photographs are gigabytes.
+                image = shrunk(read_image(there / item["path"]))
             except UserError as error:
                 notes.append(f"{error}; the sheet shows a grey box")
             shown.append((f"{item['rank']}   {item['score']:.4f}\n{os.path.basename(item['path'])}", image))

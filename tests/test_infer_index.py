@@ -124,6 +124,18 @@ def test_broken_pictures_and_folders_are_skipped_and_named(room: Path, capsys, m
     assert len(index(room, capsys)["skipped"]) == len(told)
 
 
+def test_a_name_is_told_on_one_line_and_gives_the_terminal_no_orders(room: Path, capsys):
+    name = "bad\n\x1b[31m\udcff é.png"
+    (room / "shop" / name).write_text("x")
+    _, err = run(capsys, "index", "--images", "shop", "--out", "cat", quiet=False)
+    assert "skipped: " + r"shop/bad\n\x1b[31m\udcff é.png" + ": not an image in a known format\n" in err
+    assert index(room, capsys)["skipped"] == [f"shop/{name}: not an image in a known format"]
+    (room / "bad").mkdir()
+    (room / "shop" / name).rename(room / "bad" / name)
+    _, err = run(capsys, "index", "--images", "bad", "--out", "new", code=2)
+    assert err.count("\n") == 1 and "\x1b" not in err and "none of its pictures can be read" in err
+
+
 # What is kept of them
 
 

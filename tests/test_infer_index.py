@@ -254,6 +254,27 @@ def test_a_picture_that_changes_while_it_is_read_is_left_for_the_next_run(room: 
     assert_same(room / "cat", room / "fresh")
 
 
+def test_a_picture_that_changed_since_it_was_listed_is_read_as_it_is_now(room: Path, capsys, monkeypatch):
+    """Of many pictures the last is read hours after it was listed."""
+    index(room, capsys)
+    shop = room / "shop"
+    photo(shop / "a.png", (50, 50), 80)
+    under = indexing.pictures_under
+
+    def listed(folder: Path) -> object:
+        found = under(folder)
+        photo(shop / "a.png", (50, 50), 81)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "pictures_under", listed)
+        report = index(room, capsys)
+    assert (report["pictures"], report["skipped"], report["embedded"]) == (8, [], 1)
+    assert index(room, capsys)["embedded"] == 0
+    index(room, capsys, out="fresh")
+    assert_same(room / "cat", room / "fresh")
+
+
 def test_pictures_of_another_folder_are_another_catalogues(room: Path, capsys):
     """The catalogue becomes that folder's."""
     index(room, capsys)
@@ -576,6 +597,8 @@ BAD = {
     "another model": (INDEX + " --weights other", "cat was made with qformer sha256"),
     "part of another model": ("index --images shop --out part --weights other", "part was made with qformer sha256"),
     "part that is damaged": ("index --images shop --out torn", "torn/items.part is damaged"),
+    "part that lacks a stamp": ("index --images shop --out 'no stamp'", "no stamp/items.part is damaged"),
+    "part that lacks a hash": ("index --images shop --out 'no sha256'", "no sha256/items.part is damaged"),
     "a catalogue that is damaged": ("index --images shop --out spoilt", "spoilt/embeddings.safetensors is damaged"),
     "nothing to look for": ("search --catalog cat", "say what is looked for: --text, --image, or both"),
     "no catalogue": ("search --text dress", "required: --catalog"),
@@ -843,6 +866,11 @@ def ruins(tmp_path_factory: pytest.TempPathFactory, written: Path) -> Path:
     save_file(state, place / "other/model.safetensors")
     shutil.copytree(place / "part", place / "torn")
     (place / "torn" / PART_ITEMS).write_bytes(b'{"preset"\n')
+    for k in ("stamp", "sha256"):
+        lines = [json.loads(line) for line in (place / "part" / PART_ITEMS).read_text().splitlines()]
+        del lines[2][k]
+        shutil.copytree(place / "part", place / f"no {k}")
+        (place / f"no {k}" / PART_ITEMS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     shutil.copytree(place / "cat", place / "spoilt")
     data = bytearray((place / "spoilt" / EMBEDDINGS).read_bytes())
     data[-5] ^= 1

@@ -141,9 +141,9 @@ class Part:
         lines = data.split(b"\n")[:-1]  # without what a kill cut short
         try:
             begun_with, *items = map(json.loads, lines) if lines else [about]
-            if not isinstance(begun_with, dict) or not all(
-                isinstance(item[k], str) for item in items for k in ("path", "sha256")
-            ):
+            texts = ["path", "sha256"] + ["caption"] * bool(begun_with["captions"])
+            kinds = dict.fromkeys(texts, str) | {"stamp": list}
+            if not all(isinstance(item[k], kind) for item in items for k, kind in kinds.items()):
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self.lines} is damaged: delete {folder} and index anew") from None
@@ -293,6 +293,7 @@ def look(
     if before == file.stamp and sha in rows:
         return file, (sha, None)
     try:
+        file = File(file.path, stamp(os.stat(path)))  # hours may have passed since it was listed
         with open(path, "rb") as opened:
             sha = hashlib.file_digest(opened, "sha256").hexdigest()
         picture = None if sha in rows else qformer_image(read_image(path), side)

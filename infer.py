@@ -119,7 +119,7 @@ def caption(args: argparse.Namespace) -> None:
         raise UserError("; ".join(bad or skipped.values()))
     images = {path: row for path, row in images.items() if path not in skipped}
     if skipped:
-        print(*(f"skipped: {why}\n" for why in skipped.values()), sep="", end="", file=sys.stderr)
+        print(*(f"skipped: {plain(why)}\n" for why in skipped.values()), sep="", end="", file=sys.stderr)
         notes.append(f"{len(skipped)} of {len(named)} pictures cannot be read and are skipped")
     if len(todo) < len(images):
         notes.append(f"{len(images) - len(todo)} of {len(images)} pictures have their caption in {args.out}")
@@ -203,7 +203,7 @@ def index(args: argparse.Namespace) -> None:
     see = partial(indexing.embed, model, words=words, llm=llm, style=args.captions)
     shape = cfg.qformer.queries, cfg.qformer.embed_dim
     done = indexing.index(args.images, args.out, about, shape, cfg.vit.image_size[0], see, args.quiet)
-    print(*(f"skipped: {why}\n" for why in done.skipped), sep="", end="", file=sys.stderr)
+    print(*(f"skipped: {plain(why)}\n" for why in done.skipped), sep="", end="", file=sys.stderr)
     used = {"catalog": str(args.out), **done._asdict(), "device": args.device, **about}
     used |= {"seconds": round(time.perf_counter() - start, 2), "notes": notes}
     if args.json:
@@ -230,7 +230,8 @@ def search(args: argparse.Namespace) -> None:
     cfg, device, dtype = settle(args, notes)
     if args.sheet:
         preprocess.check_png_path(args.sheet)
-        if args.image and args.sheet.exists() and args.image.exists() and args.sheet.samefile(args.image):
+        both = args.image and args.sheet.exists() and os.path.exists(args.image)
+        if both and args.sheet.samefile(args.image):
             raise UserError(f"{args.sheet} is the picture that is looked for: give --sheet another name")
     catalog = Catalog(args.catalog)
     otherwise = "search with the model that made it, or index the pictures anew with this one"
@@ -273,7 +274,7 @@ def search(args: argparse.Namespace) -> None:
 
 def tell(args: argparse.Namespace, notes: list[str]) -> None:
     if not args.quiet:
-        print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
+        print(*(f"note: {plain(note)}\n" for note in notes), sep="", end="", file=sys.stderr)
 
 
 def plain(text: str) -> str:
@@ -431,7 +432,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         args.run(args)
     except UserError as error:
-        print("infer.py:", " ".join(str(error).splitlines()), file=sys.stderr)
+        print("infer.py:", plain(" ".join(str(error).splitlines())), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("infer.py: stopped", file=sys.stderr)

@@ -268,6 +268,35 @@ def test_killed_between_two_renames_one_of_two_catalogues_is_whole(at, tmp_path,
     assert list(found.items())[:5] == old and found.item(len(found) - 1)["path"] == f"{len(found) - 1}.png"
 
 
+def test_what_was_opened_stays_though_another_takes_its_place(tmp_path):
+    """A search loads a model in between, which takes a while."""
+    images, _, items = fill(tmp_path, 5)
+    found = Catalog(tmp_path)
+    found.verify(quiet=True)
+    fill(tmp_path, 8, first=3)
+    assert [found.item(i) for i in range(5)] == list(found.items()) == items
+    assert torch.equal(found.images, images)
+    assert len(Catalog(tmp_path)) == 8 and Catalog(tmp_path).item(0)["path"] == "3.png"
+
+
+def test_what_changes_between_two_looks_is_not_called_damaged(tmp_path, monkeypatch):
+    fill(tmp_path, 5)
+    found = Catalog(tmp_path)
+    fill(tmp_path, 8)
+    with pytest.raises(UserError, match="brought up to date while it was read: try again"):
+        found.verify(quiet=True)
+    read_header = Catalog._read_header
+
+    def slowly(*args: object) -> object:
+        read = read_header(*args)
+        fill(tmp_path, 6)
+        return read
+
+    monkeypatch.setattr(Catalog, "_read_header", slowly)
+    with pytest.raises(UserError, match="brought up to date while it was read: try again"):
+        Catalog(tmp_path)
+
+
 # Helpers
 
 
@@ -320,10 +349,11 @@ def assert_found(given: Query, best: Callable = best, tops: Iterable[int] = (1, 
         assert np.allclose(found, scores[:top], atol=1e-15, rtol=0)
 
 
-def fill(folder: Path, n: int, version: str = VERSION) -> tuple[Tensor, Tensor, list[dict]]:
-    """A catalogue of n random pictures."""
+def fill(folder: Path, n: int, version: str = VERSION, first: int = 0) -> tuple[Tensor, Tensor, list[dict]]:
+    """A catalogue of n random pictures, the first of which has this number."""
     images, captions = unit(n, 4, 16).half(), unit(n, 16).half()
-    items = [{"path": f"{i}.png", "sha256": f"{i:064x}", "caption": "a dress"} for i in range(n)]
+    numbers = range(first, first + n)
+    items = [{"path": f"{i}.png", "sha256": f"{i:064x}", "caption": "a dress"} for i in numbers]
     about = {"catalogue": version, "preset": "tiny", "qformer sha256": "abc", "captions": ""}
     shapes = {"images": [n, 4, 16], "captions": [n, 16]}
     pieces = [images[: n // 2].numpy(), images[n // 2 :].numpy(), captions.numpy()]

@@ -104,6 +104,8 @@ def test_broken_pictures_and_folders_are_skipped_and_named(room: Path, capsys, m
     write_bad_files(room / "shop/a b")
     (room / "shop/a b/whole.png").unlink()
     (room / "shop/gone.png").symlink_to("nowhere.png")
+    for name in ("ring", "ring.png"):
+        (room / "shop" / name).symlink_to(name)
     os.mkfifo(room / "shop/pipe.png")
     (room / "shop/locked").mkdir()
     photo(room / "shop/locked/l.png", (20, 20), 32)
@@ -111,14 +113,27 @@ def test_broken_pictures_and_folders_are_skipped_and_named(room: Path, capsys, m
     out, err = run(capsys, "index", "--images", "shop", "--out", "cat", quiet=False)
     told = {line for line in err.replace("\r", "\n").splitlines() if line.startswith("skipped: ")}
     kinds = BAD_FILES.keys() - {"absent.png", "folder.png"}
-    assert len(told) == len(kinds) + 3
+    assert len(told) == len(kinds) + 5
     for kind in kinds:
         assert any(f"skipped: shop/a b/{kind}: {BAD_FILES[kind]}" in line for line in told)
     assert {"skipped: shop/gone.png: No such file or directory", "skipped: shop/pipe.png: not a file"} < told
+    assert {f"skipped: shop/{x}: Too many levels of symbolic links" for x in ("ring", "ring.png")} < told
     assert "skipped: shop/locked: Permission denied" in told
     assert out == "" and err.endswith(f"8 pictures in cat: 8 new, 0 dropped; {len(told)} skipped\n")
     assert [row["path"] for row in rows(room)] == PATHS
     assert len(index(room, capsys)["skipped"]) == len(told)
+
+
+def test_a_name_is_told_on_one_line_and_gives_the_terminal_no_orders(room: Path, capsys):
+    name = "bad\n\x1b[31m\udcff é.png"
+    (room / "shop" / name).write_text("x")
+    _, err = run(capsys, "index", "--images", "shop", "--out", "cat", quiet=False)
+    assert "skipped: " + r"shop/bad\n\x1b[31m\udcff é.png" + ": not an image in a known format\n" in err
+    assert index(room, capsys)["skipped"] == [f"shop/{name}: not an image in a known format"]
+    (room / "bad").mkdir()
+    (room / "shop" / name).rename(room / "bad" / name)
+    _, err = run(capsys, "index", "--images", "bad", "--out", "new", code=2)
+    assert err.count("\n") == 1 and "\x1b" not in err and "none of its pictures can be read" in err
 
 
 # What is kept of them
@@ -235,6 +250,27 @@ def test_a_picture_that_changes_while_it_is_read_is_left_for_the_next_run(room: 
         report = index(room, capsys)
     assert report["skipped"] == ["shop/a.png: changed while it was read"] and report["pictures"] == 7
     assert index(room, capsys)["embedded"] == 1
+    index(room, capsys, out="fresh")
+    assert_same(room / "cat", room / "fresh")
+
+
+def test_a_picture_that_changed_since_it_was_listed_is_read_as_it_is_now(room: Path, capsys, monkeypatch):
+    """Of many pictures the last is read hours after it was listed."""
+    index(room, capsys)
+    shop = room / "shop"
+    photo(shop / "a.png", (50, 50), 80)
+    under = indexing.pictures_under
+
+    def listed(folder: Path) -> object:
+        found = under(folder)
+        photo(shop / "a.png", (50, 50), 81)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "pictures_under", listed)
+        report = index(room, capsys)
+    assert (report["pictures"], report["skipped"], report["embedded"]) == (8, [], 1)
+    assert index(room, capsys)["embedded"] == 0
     index(room, capsys, out="fresh")
     assert_same(room / "cat", room / "fresh")
 
@@ -478,7 +514,8 @@ def test_the_sheet_shows_what_was_asked_for_and_what_was_found(room: Path, capsy
     assert text == "looked for\na red dress" and picture.tobytes() == read_image("query.png").tobytes()
     for one, (caption, image) in zip(told, shown, strict=True):
         assert caption == f"{one['rank']}   {one['score']:.4f}\n{Path(one['path']).name}"
-        assert image.tobytes() == read_image(room / "shop" / one["path"]).tobytes()
+        assert image.tobytes() == sheets.shrunk(read_image(room / "shop" / one["path"])).tobytes()
+        assert max(image.size) < 200  # a hundred photographs as they are would be gigabytes
     assert pixels(room / "s.png").shape == (2 * 240, 6 * 200, 3) and "grey" not in err
 
 
@@ -512,6 +549,16 @@ def test_a_sheet_has_room_for_a_hundred(room: Path, capsys, monkeypatch):
     assert pixels(room / "s.png").shape == (240, 4 * 200, 3)
 
 
+def test_the_thinnest_strip_has_its_place_on_a_sheet(room: Path, capsys):
+    photo(room / "shop/strip.png", (3, 900), 40)
+    photo(room / "query.png", (900, 2), 41)
+    index(room, capsys)
+    _, err = find(room, capsys, "--image", "query.png", "--sheet", "s.png", quiet=False)
+    assert pixels(room / "s.png").shape == (2 * 240, 6 * 200, 3) and "grey" not in err
+    for size, shown in (((900, 2), (188, 1)), ((3, 4), (141, 188))):
+        assert sheets.shrunk(Image.new("RGB", size)).size == shown
+
+
 def test_captions_of_a_sheet_are_drawn_in_any_script():
     font = sheets.ImageFont.load_default(14)
     assert sheets._fitting("dress-e\u0301.png", font, 200) in ("dress-é.png", "dress-e.png")
@@ -541,6 +588,7 @@ BAD = {
     "out is a folder of other things": ("index --images shop --out shop", "shop is a folder of other things"),
     "out is nothing": ("index --images shop --out ''", ". is a folder of other things"),
     "out is too long": (f"index --images shop --out {'o' * 300}", "File name too long"),
+    "pictures' folder is too long": (f"index --images {'o' * 300} --out new", "no such folder"),
     "an unknown style": (INDEX + " --captions vogue", "unknown caption style 'vogue'"),
     "captions, where there were none": (INDEX + " --captions", "cat was made with captions none, not fashiongen"),
     "none, where there were captions": ("index --images shop --out told", "told was made with captions fashiongen, not none"),
@@ -549,10 +597,14 @@ BAD = {
     "another model": (INDEX + " --weights other", "cat was made with qformer sha256"),
     "part of another model": ("index --images shop --out part --weights other", "part was made with qformer sha256"),
     "part that is damaged": ("index --images shop --out torn", "torn/items.part is damaged"),
+    "part that lacks a stamp": ("index --images shop --out 'no stamp'", "no stamp/items.part is damaged"),
+    "part that lacks a hash": ("index --images shop --out 'no sha256'", "no sha256/items.part is damaged"),
     "a catalogue that is damaged": ("index --images shop --out spoilt", "spoilt/embeddings.safetensors is damaged"),
     "nothing to look for": ("search --catalog cat", "say what is looked for: --text, --image, or both"),
     "no catalogue": ("search --text dress", "required: --catalog"),
     "no such catalogue": ("search --catalog nowhere --text dress", "nowhere is no catalogue: there is no"),
+    "a name that is too long": (f"search --catalog {'o' * 300} --text dress", "is no catalogue: there is no"),
+    "a picture's that is too long": (f"search --catalog cat --image {'o' * 300} --sheet query.png", "no such file"),
     "a folder that is none": ("search --catalog shop --text dress", "shop is no catalogue: there is no"),
     "one that is not done": ("search --catalog part --text dress", "its indexing has not come to its end"),
     "one that is damaged": ("search --catalog spoilt --text dress", "spoilt/embeddings.safetensors is damaged"),
@@ -611,6 +663,26 @@ def test_a_disk_that_is_full_is_told(room: Path, capsys, monkeypatch):
 
     monkeypatch.setattr(indexing.os, "fsync", full)
     refused(capsys, "index --images shop --out cat", "cat cannot be written: No space left on device")
+    assert left_behind(room / "cat") == {PART}
+
+
+def test_what_a_full_disk_does_not_hold_is_not_left_there(room: Path, capsys, monkeypatch):
+    """Of a new catalogue: what was embedded stays, for the next run, and the old catalogue."""
+    index(room, capsys)
+    photo(room / "shop/new.png", (50, 30), 90)
+    fsync = os.fsync
+
+    def full(file: int) -> None:
+        if os.readlink(f"/proc/self/fd/{file}").endswith(f"{EMBEDDINGS}.new"):
+            raise OSError(28, "No space left on device")
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog.os, "fsync", full)
+        refused(capsys, "index --images shop --out cat", "cat cannot be written: No space left on device")
+    assert left_behind(room / "cat") - {"checked.json"} == {EMBEDDINGS, ITEMS, LOCAL, PART, PART_ITEMS}
+    assert len(find(room, capsys, "--text", "red")[0]) == 8
+    assert index(room, capsys)["embedded"] == 0 and len(find(room, capsys, "--text", "red")[0]) == 9
 
 
 @pytest.mark.parametrize("command", ["index", "search"])
@@ -794,6 +866,11 @@ def ruins(tmp_path_factory: pytest.TempPathFactory, written: Path) -> Path:
     save_file(state, place / "other/model.safetensors")
     shutil.copytree(place / "part", place / "torn")
     (place / "torn" / PART_ITEMS).write_bytes(b'{"preset"\n')
+    for k in ("stamp", "sha256"):
+        lines = [json.loads(line) for line in (place / "part" / PART_ITEMS).read_text().splitlines()]
+        del lines[2][k]
+        shutil.copytree(place / "part", place / f"no {k}")
+        (place / f"no {k}" / PART_ITEMS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     shutil.copytree(place / "cat", place / "spoilt")
     data = bytearray((place / "spoilt" / EMBEDDINGS).read_bytes())
     data[-5] ^= 1

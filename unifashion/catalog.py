@@ -27,6 +27,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from tqdm import tqdm
 from unifashion import UserError
 from unifashion.preprocess import read_image, save_png
 from unifashion.search import best
-from unifashion.sheets import found_sheet
+from unifashion.sheets import found_sheet, shrunk
 
 VERSION = "1"
 EMBEDDINGS, ITEMS, LOCAL, CHECKED = "embeddings.safetensors", "items.jsonl", "local.jsonl", "checked.json"
@@ -57,20 +58,23 @@ class Catalog:
               nothing), "captioner", "items", "sha256"
     images    (n,q,d), captions (n,d) or None: float16, not in memory but in the file (mmap)
 
+    It stays the catalogue that was opened, whatever `write` puts in its place: both files are held, not read again by name.
+
     Raises UserError for a folder that is no catalogue, and for one that is cut short, or put together from two. What else
     was changed within `embeddings.safetensors`, `verify` finds.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / EMBEDDINGS
-        if not self.file.is_file():
-            begun = (folder / "items.part").exists()
+        if not os.path.isfile(self.file):
+            begun = os.path.exists(folder / "items.part")
             what = "its indexing has not come to its end" if begun else "infer.py index makes one"
             raise UserError(f"{folder} is no catalogue: there is no {EMBEDDINGS} in it; {what}")
-        with naming(self.file, "read"):
-            self.about, shapes, start = self._read_header()
-            arrays = np.memmap(self.file, np.float16, "r", start)
-            self.items_file, self.starts = self._find_items()
+        with naming(self.file, "read"), open(self.file, "rb") as file:
+            self.stamp = stamp(os.fstat(file.fileno()))
+            self.about, shapes, self.start = self._read_header(file)
+            arrays = np.memmap(file, np.float16, "r", self.start)
+            self.items_file, self.lines, self.starts = self._find_items()
         self.images = _tensor(arrays[: math.prod(shapes["images"])], shapes["images"])
         self.captions = None
         if "captions" in shapes:
@@ -79,12 +83,11 @@ class Catalog:
     def __len__(self) -> int:
         return len(self.images)
 
-    def _read_header(self) -> tuple[dict[str, str], dict[str, list[int]], int]:
+    def _read_header(self, file: BinaryIO) -> tuple[dict[str, str], dict[str, list[int]], int]:
         """-> metadata, shapes, and where the numbers start."""
-        size = self.file.stat().st_size
-        with open(self.file, "rb") as file:
-            raw = file.read(8)
-            raw += file.read(min(struct.unpack("<Q", raw)[0], 2**20)) if len(raw) == 8 else b""
+        size = self.stamp[0]
+        raw = file.read(8)
+        raw += file.read(min(struct.unpack("<Q", raw)[0], 2**20)) if len(raw) == 8 else b""
         try:
             found = json.loads(raw[8:])
             about = found.pop("__metadata__")
@@ -103,8 +106,8 @@ class Catalog:
             raise UserError(f"{self.folder} is a catalogue of no pictures")
         return about, shapes, len(raw)
 
-    def _find_items(self) -> tuple[Path, array]:
-        """-> the file whose lines belong to the embeddings, and where each starts."""
+    def _find_items(self) -> tuple[Path, np.ndarray, array]:
+        """-> the file whose lines belong to the embeddings, its bytes, and where each line starts."""
         for file in (self.folder / ITEMS, self.folder / f"{ITEMS}.new"):
             if file.is_file():
                 digest, starts, at = hashlib.sha256(), array("q"), 0
@@ -113,32 +116,31 @@ class Catalog:
                         digest.update(line)
                         starts.append(at)
                         at += len(line)
-                if digest.hexdigest() == self.about["items"]:
-                    return file, starts
+                    if digest.hexdigest() == self.about["items"]:
+                        return file, np.memmap(lines, np.uint8, "r"), starts
+        self._check_still_there(self.file.stat())
         there = "is not the one" if (self.folder / ITEMS).is_file() else "is missing, or not the one"
         raise UserError(
             f"{self.folder / ITEMS} {there} that was written with {EMBEDDINGS}: delete {self.folder} and index anew"
         )
 
     def items(self) -> Iterator[dict]:
-        with naming(self.items_file, "read"), open(self.items_file, "rb") as lines:
-            yield from map(json.loads, lines)
+        return map(self.item, range(len(self.starts)))
 
     def item(self, i: int) -> dict:
-        with naming(self.items_file, "read"), open(self.items_file, "rb") as lines:
-            lines.seek(self.starts[i])
-            return json.loads(lines.readline())
+        end = self.starts[i + 1] if i + 1 < len(self.starts) else len(self.lines)
+        return json.loads(self.lines[self.starts[i] : end].tobytes())
 
     def verify(self, quiet: bool) -> None:
         """Raise UserError if a bit of the file is not as it was written. All of it is read only if it has changed since it was last."""
-        now, checked = stamp(self.file.stat()), self.folder / CHECKED
+        checked = self.folder / CHECKED
         try:
-            if json.loads(checked.read_text()) == now:
+            if json.loads(checked.read_text()) == self.stamp:
                 return
         except (OSError, ValueError):
             pass
         digest = hashlib.sha256(header(self.about | {"sha256": UNKNOWN}, self._shapes()))
-        size = now[0]
+        size = self.stamp[0]
         with (
             naming(self.file, "read"),
             open(self.file, "rb") as file,
@@ -146,14 +148,19 @@ class Catalog:
                 total=size, desc="checking", unit="B", unit_scale=True, disable=quiet or size < 2**28
             ) as bar,
         ):
-            file.seek(struct.unpack("<Q", file.read(8))[0] + 8)
+            self._check_still_there(os.fstat(file.fileno()))
+            file.seek(self.start)
             while chunk := file.read(2**22):
                 digest.update(chunk)
                 bar.update(len(chunk))
         if digest.hexdigest() != self.about["sha256"]:
             raise UserError(f"{self.file} is damaged, or was edited: delete {self.folder} and index anew")
         with suppress(OSError):  # a catalogue that cannot be written to is read each time
-            checked.write_text(json.dumps(now))
+            checked.write_text(json.dumps(self.stamp))
+
+    def _check_still_there(self, status: os.stat_result) -> None:
+        if stamp(status) != self.stamp:
+            raise UserError(f"{self.folder} was brought up to date while it was read: try again")
 
     def _shapes(self) -> dict[str, list[int]]:
         arrays = {"images": self.images, "captions": self.captions}
@@ -191,7 +198,8 @@ class Catalog:
             try:
                 if there is None:
                     raise UserError(f"{item['path']}: where the pictures lie is not known: index them again")
-                image = read_image(there / item["path"])
+                # Small at once: a hundred photographs are gigabytes.
+                image = shrunk(read_image(there / item["path"]))
             except UserError as error:
                 notes.append(f"{error}; the sheet shows a grey box")
             shown.append((f"{item['rank']}   {item['score']:.4f}\n{os.path.basename(item['path'])}", image))
@@ -240,21 +248,26 @@ def write(
     arrays  all numbers, float16, in the order of `shapes`, in pieces: they need not fit into memory
     """
     new = {name: folder / f"{name}.new" for name in (EMBEDDINGS, ITEMS)}
-    digest = hashlib.sha256()
-    with written(new[ITEMS]) as file:
-        for item in items:
-            line = json.dumps(item).encode() + b"\n"
-            digest.update(line)
-            file.write(line)
-    about = about | {"items": digest.hexdigest(), "sha256": UNKNOWN}
-    digest = hashlib.sha256(header(about, shapes))
-    with written(new[EMBEDDINGS]) as file:
-        file.write(header(about, shapes))
-        for piece in arrays:
-            digest.update(piece)
-            file.write(piece)
-        file.seek(0)
-        file.write(header(about | {"sha256": digest.hexdigest()}, shapes))
+    try:
+        digest = hashlib.sha256()
+        with written(new[ITEMS]) as file:
+            for item in items:
+                line = json.dumps(item).encode() + b"\n"
+                digest.update(line)
+                file.write(line)
+        about = about | {"items": digest.hexdigest(), "sha256": UNKNOWN}
+        digest = hashlib.sha256(header(about, shapes))
+        with written(new[EMBEDDINGS]) as file:
+            file.write(header(about, shapes))
+            for piece in arrays:
+                digest.update(piece)
+                file.write(piece)
+            file.seek(0)
+            file.write(header(about | {"sha256": digest.hexdigest()}, shapes))
+    except OSError:  # on a full disk half a catalogue would be in the way
+        for file in new.values():
+            file.unlink(missing_ok=True)
+        raise
     for name in (EMBEDDINGS, ITEMS):
         os.replace(new[name], folder / name)
 

@@ -59,8 +59,8 @@ def pictures_under(folder: Path) -> tuple[list[File], list[str]]:
     Hidden files and folders are left out. Links are followed, but each real folder is looked into once, if it can be under its
     real name. Raises UserError for a folder that cannot be looked into, and for one without a picture.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: {'not a folder' if os.path.exists(folder) else 'no such folder'}")
     files: list[File] = []
     skipped: list[str] = []
     known: set[tuple[int, int]] = set()
@@ -83,18 +83,17 @@ def pictures_under(folder: Path) -> tuple[list[File], list[str]]:
             path = os.path.join(inner, entry.name)
             if entry.name[0] == ".":
                 continue
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(path)
-            elif Path(path).suffix.lower() in PICTURES:
-                try:
+            try:
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(path)
+                elif Path(path).suffix.lower() in PICTURES:
                     status = entry.stat()
-                except OSError as error:  # a link to nothing
-                    skipped.append(f"{folder / path}: {error.strerror}")
-                    continue
-                if stat.S_ISREG(status.st_mode):
-                    files.append(File(path, stamp(status)))
-                else:
-                    skipped.append(f"{folder / path}: not a file")
+                    if stat.S_ISREG(status.st_mode):
+                        files.append(File(path, stamp(status)))
+                    else:
+                        skipped.append(f"{folder / path}: not a file")
+            except OSError as error:  # a link to nothing, to itself, or into a folder that is forbidden
+                skipped.append(f"{folder / path}: {error.strerror}")
     if not files:
         raise UserError("; ".join([f"{folder}: no pictures in it", *skipped[:3]]))
     return sorted(files, key=lambda file: os.fsencode(file.path)), skipped
@@ -142,9 +141,9 @@ class Part:
         lines = data.split(b"\n")[:-1]  # without what a kill cut short
         try:
             begun_with, *items = map(json.loads, lines) if lines else [about]
-            if not isinstance(begun_with, dict) or not all(
-                isinstance(item[k], str) for item in items for k in ("path", "sha256")
-            ):
+            texts = ["path", "sha256"] + ["caption"] * bool(begun_with["captions"])
+            kinds = dict.fromkeys(texts, str) | {"stamp": list}
+            if not all(isinstance(item[k], kind) for item in items for k, kind in kinds.items()):
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self.lines} is damaged: delete {folder} and index anew") from None
@@ -294,6 +293,7 @@ def look(
     if before == file.stamp and sha in rows:
         return file, (sha, None)
     try:
+        file = File(file.path, stamp(os.stat(path)))  # hours may have passed since it was listed
         with open(path, "rb") as opened:
             sha = hashlib.file_digest(opened, "sha256").hexdigest()
         picture = None if sha in rows else qformer_image(read_image(path), side)
@@ -335,7 +335,6 @@ def _old(out: Path, about: dict[str, str], quiet: bool) -> Catalog | None:
     check_same(out, old.about, about, OTHERWISE)
     old.verify(quiet)
     os.replace(old.items_file, out / ITEMS)  # if it was killed between the two renames
-    old.items_file = out / ITEMS
     return old
 
 

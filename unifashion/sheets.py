@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from unifashion import losses, parallel
@@ -15,6 +15,7 @@ from unifashion.model import UniFashion
 from unifashion.tokenizers import SentencePiece, WordPiece
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")  # of curves
+CELL = 200  # pixels, of what was found
 
 
 def save_sheet(rows: list[Tensor], path: Path) -> None:
@@ -76,7 +77,7 @@ def found_sheet(
 
     Letters that Pillow's own font lacks lose their accents, or are shown as "?".
     """
-    cell, below, across = 200, 40, 6
+    cell, below, across = CELL, 40, 6
     cells = [asked, *found]
     across = min(across, len(cells))
     sheet = Image.new("RGB", (across * cell, -(-len(cells) // across) * (cell + below)), "white")
@@ -86,13 +87,19 @@ def found_sheet(
         if picture is None and i:
             draw.rectangle((x + 6, y + 6, x + cell - 7, y + cell - 7), fill="lightgrey")
         elif picture is not None:
-            small = ImageOps.contain(picture, (cell - 12, cell - 12))
+            small = shrunk(picture)
             sheet.paste(small, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
         lines = [_fitting(line, font, cell - 12) for line in text.split("\n")[:2]]
         for row, line in enumerate(lines):
             draw.text((x + 6, y + cell + 18 * row), line, "black", font)
     draw.rectangle((0, 0, cell - 1, cell + below - 1), outline="black")
     return sheet
+
+
+def shrunk(picture: Image.Image) -> Image.Image:
+    """As it is shown on `found_sheet`: its long side fills the cell, and of the thinnest strip a line is left."""
+    side = CELL - 12
+    return picture.resize(tuple(max(1, round(side * x / max(picture.size))) for x in picture.size))
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from eval import guard
 from eval.captions import METRICS, beside_the_paper, bleu4, cell, line, scores
+from eval.gallery import check_rows
 from eval.report import Fingerprint, about_run, interval, resampled, save_json, shuffled
 from eval.truth import ATTRIBUTES, Said, garments_of, look, seen_in_training, truth
 from unifashion import Parser, UserError, training
@@ -45,6 +46,7 @@ from unifashion.data.texts import WRITERS, named
 from unifashion.data.toy import Garment
 from unifashion.model import UniFashion
 from unifashion.preprocess import qformer_image
+from unifashion.seen import world_of
 from unifashion.tokenizers import SentencePiece
 from weights.load import learned_file, llm_tokenizer, load_unifashion
 
@@ -301,6 +303,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         split, folders = "validation", {"fashiongen": path}
     data = {style: READERS[style](folder, split) for style, folder in folders.items()}
+    if name == "fashiongen":
+        check_rows(data[name], world_of(path))
     picks = {style: draw(part.products, args.samples, args.seed) for style, part in data.items()}
     if min(map(len, picks.values())) < 2:
         raise UserError(f"{args.data}: the split {split} has fewer than 2 products")

@@ -12,8 +12,8 @@ ViT, VAE and LLM of weights/tiny:
              base | llm | llm-cap | diff                   phase 2 four times, from the same phase 1: Table 5's rows (`VARIANTS`)
              each, and phase 1 alone, measured by eval.retrieval, eval.composed, eval.captioning; the last by eval.generation
 
-Every variant takes the same number of steps of each task that it has, so those with more tasks train longer: as in the paper,
-a new objective comes on top. What is measured is the last step: nothing is chosen, so nothing can be chosen on the reported
+Every variant takes the same number of steps of each task that it has, so those with more tasks train longer: a new objective
+comes on top. What is measured is the last step: nothing is chosen, so nothing can be chosen on the reported
 split. All is measured in float32.
 
 OUT/settings.json   what all was asked for; with anything else, it is another folder's

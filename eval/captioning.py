@@ -21,12 +21,9 @@ agree).
 import argparse
 import json
 import os
-import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +34,10 @@ from tqdm import tqdm
 
 from eval import guard
 from eval.captions import METRICS, beside_the_paper, bleu4, cell, line, scores
-from eval.report import Fingerprint, interval, resampled, save_json, shuffled
-from eval.truth import ATTRIBUTES, Said, garments_of, seen_in_training, truth
-from unifashion import Parser, UserError, runs, training
+from eval.gallery import check_rows
+from eval.report import Fingerprint, about_run, interval, resampled, save_json, shuffled
+from eval.truth import ATTRIBUTES, Said, garments_of, look, seen_in_training, truth
+from unifashion import Parser, UserError, training
 from unifashion.caption import Caption, check_search, write_captions
 from unifashion.config import PRESETS
 from unifashion.data import read_json, toy
@@ -48,9 +46,9 @@ from unifashion.data.texts import WRITERS, named
 from unifashion.data.toy import Garment
 from unifashion.model import UniFashion
 from unifashion.preprocess import qformer_image
-from unifashion.search import qformer_hash
+from unifashion.seen import world_of
 from unifashion.tokenizers import SentencePiece
-from weights.load import learned_file, llm_tokenizer, load_unifashion, sha256
+from weights.load import learned_file, llm_tokenizer, load_unifashion
 
 
 class Case(NamedTuple):
@@ -157,7 +155,7 @@ def judge(
     texts = {"captions": [case.caption.text for case in own]}
     looks = [case.reference for case in own]
     if garments is not None:
-        looks = [replace(g, second=g.colour) if g.pattern == "plain" else g for g in garments]
+        looks = [look(g) for g in garments]
     texts["of other pictures"] = [texts["captions"][i] for i in shuffled(looks, seed)]
     if garments is not None:
         rng = np.random.default_rng([seed, list(WRITERS).index(style)])
@@ -305,6 +303,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         split, folders = "validation", {"fashiongen": path}
     data = {style: READERS[style](folder, split) for style, folder in folders.items()}
+    if name == "fashiongen":
+        check_rows(data[name], world_of(path))
     picks = {style: draw(part.products, args.samples, args.seed) for style, part in data.items()}
     if min(map(len, picks.values())) < 2:
         raise UserError(f"{args.data}: the split {split} has fewer than 2 products")
@@ -334,24 +334,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.captions:
         save(cases, args.captions)
     results = {style: judge(style, cases, garments, common, args.seed) for style in styles}
-    report = {
-        "command": shlex.join(["python", "-m", "eval.captioning", *(sys.argv[1:] if argv is None else argv)]),
-        "commit": runs.git_commit(),
+    report = about_run("eval.captioning", argv, args, model, began) | {
         **about,
         "split": split,
         "pictures of a style": len(next(iter(cases.values()))),
         "search": f"{args.beams} beams" if args.beams > 1 else "greedy",
         "most tokens": args.max_tokens,
-        "preset": args.preset,
-        "seed": args.seed,
-        "dtype": "bf16" if dtype == torch.bfloat16 else "fp32",
-        "device": device.type,
-        "torch": torch.__version__,
-        "qformer sha256": qformer_hash(model),
-        "model sha256": sha256(learned_file(args.preset, args.weights)),
         "data sha256": str(fingerprint),
         **verdict.lines(),
-        "seconds": round(time.perf_counter() - began, 1),
     }
     print(*(f"{k:<28}{value}" for k, value in report.items()), sep="\n")
     for style in styles:

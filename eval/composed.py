@@ -35,7 +35,17 @@ from eval import guard, leaks
 from eval.embed import cut_texts, embed_composed, embed_pictures, embed_texts
 from eval.leaks import Leak
 from eval.metrics.recall import ranks
-from eval.pools import ORIGINAL, VAL, Pool, captions_of, check_pictures, pools_of, seen_targets, toy_pool
+from eval.pools import (
+    ORIGINAL,
+    VAL,
+    Pool,
+    captions_of,
+    check_pictures,
+    check_whole,
+    pools_of,
+    seen_targets,
+    toy_pool,
+)
 from eval.report import (
     Fingerprint,
     about_run,
@@ -243,6 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     world = training.toy_folder(path) if name == "toy" else None
     folder = in_toy(world, "fashioniq", args.quiet) if world else path
     data = FashionIQ(folder, split, pictures=False)  # captions that leak are refused without a picture
+    if not world:
+        check_whole(data)
     pools = [toy_pool(world, data, split)] if world else pools_of(data)
     captions: dict[str, list[dict]] = {}
     verdicts: dict[str, Leak] = {}

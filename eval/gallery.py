@@ -9,6 +9,7 @@ never all there at once: a block of queries is ranked, then the next.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from eval.metrics.recall import ranks
 from eval.report import chance, interval, resampled, shuffled
+from unifashion import UserError
+from unifashion.data import toy
+from unifashion.data.fashiongen import FashionGen
 from unifashion.search import text_to_image
 
 AT = (1, 5, 10)
@@ -23,6 +27,7 @@ WAYS = ("text to image", "image to text")
 COLUMNS = tuple(f"{way} R@{k}" for way in WAYS for k in AT)
 BLOCK = 256  # queries that are ranked at a time
 DRAWS, QUERIES, NEGATIVES = 5, 1000, 100
+ROWS = 32_528  # of FashionGen's validation split
 Figures = dict[str, dict[str, list[float]]]  # row -> column -> figure, and its interval
 
 
@@ -43,6 +48,15 @@ class Gallery:
     def shuffled(self, seed: int) -> "Gallery":
         """Every product with another's text."""
         return replace(self, texts=self.texts[shuffled(range(len(self.texts)), seed)])
+
+
+def check_rows(data: FashionGen, world: Path | None) -> None:
+    """Raise UserError if validation is not whole; world: the ToyFashion that the file is a part of."""
+    rows = 3 * len(toy.read_rows(world, "val")) if world else ROWS
+    if len(data) != rows:
+        raise UserError(
+            f"{data.file} has {len(data)} rows, not {rows}, and of others the figures would be others: {data.SOURCE}"
+        )
 
 
 # Full gallery

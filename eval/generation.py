@@ -28,10 +28,7 @@ no width where all cases agree: 500 of 500 still leaves room for about 0.7 %), K
 """
 
 import argparse
-import json
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,19 +46,18 @@ from eval import guard, photos
 from eval import judge as judging
 from eval.judge import ATTRIBUTES, COLUMNS, Judge
 from eval.metrics.fid import fid, fid_floor, kid_of_pairs
-from eval.report import Fingerprint, interval
+from eval.report import Fingerprint, about_run, interval, resampled, save_json, shuffled
 from eval.sampling import Setting, draw, read, through_vae
-from eval.truth import seen_in_training
-from unifashion import Parser, UserError, runs, sheets, training
+from eval.truth import look, seen_in_training
+from unifashion import Parser, UserError, sheets, training
 from unifashion.config import PRESETS
 from unifashion.data import read_json, toy
 from unifashion.data.mgd import MGD
 from unifashion.diffusion import SAMPLERS
 from unifashion.model import UniFashion
 from unifashion.preprocess import check_png_path, paste
-from unifashion.search import qformer_hash
 from unifashion.tokenizers import WordPiece
-from weights.load import learned_file, load_unifashion, sha256, tokenizer
+from weights.load import learned_file, load_unifashion, tokenizer
 
 CONDITIONS = ("cloth", "sketch+text")
 MAIN = ("colour", "attributes", "IoU", "PSNR")
@@ -99,12 +95,7 @@ class Cases:
 
     def shuffled(self, seed: int) -> list[int]:
         """For every case another one, each taken once, whose garment looks different. Raises UserError if none is."""
-        looks = [replace(g, second=g.colour) if g.pattern == "plain" else g for g in self.garments]
-        for attempt in range(1000):
-            order = torch.randperm(len(self), generator=training.seeded("shuffled", seed, attempt)).tolist()
-            if all(looks[i] != looks[j] for i, j in enumerate(order)):
-                return order
-        raise UserError("the cases' garments are too much alike to shuffle them: take more --samples")
+        return shuffled([look(g) for g in self.garments], seed)
 
 
 def try_on(
@@ -171,16 +162,13 @@ def distances(row: Row, truth: Row) -> dict[str, float | list[float] | None]:
     return {FRECHET: round(fid(a, b, quiet=True), 4) + 0.0, KID: kid}
 
 
-def resampled(values: np.ndarray, asked: np.ndarray, times: int = 1000) -> dict[str, np.ndarray]:
+def figures_of(values: np.ndarray, asked: np.ndarray) -> dict[str, np.ndarray]:
     """
-    values, asked (n,9), a value counting where `asked` -> for each figure (1 + times,): of all cases, then of as many
-    cases drawn with replacement. The draws depend on n alone, so that figures of two rows may be subtracted.
+    values, asked (n,9), a value counting where `asked` -> for each figure (1 + times,), as `report.resampled` draws them: by n
+    alone, so that figures of two rows may be subtracted.
     """
-    n = len(values)
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), times)
-    draws = np.concatenate([np.ones((1, n)), draws])
     with np.errstate(invalid="ignore"):  # an attribute that no drawn case is asked for has no figure: nan
-        means = (draws @ np.where(asked, values, 0)) / (draws @ asked)
+        means = resampled(np.where(asked, values, 0)) / resampled(asked)
         figures = {k: means[:, i] * (1 if k in ("IoU", "PSNR") else 100) for i, k in enumerate(COLUMNS)}
         six = np.stack([figures[k] for k in ATTRIBUTES])
         return figures | {"attributes": np.nansum(six, 0) / np.isfinite(six).sum(0)}
@@ -190,7 +178,7 @@ def compare(rows: dict[str, Row], cases: Cases, condition: str) -> dict[str, dic
     """Rows by name -> {"rows": {name: figures}, "differences": the output less its ceiling, less its shuffled control}."""
     told = [judging.told(condition, *pair) for pair in zip(cases.garments, cases.texts, strict=True)]
     asked = np.array([[k in ("IoU", "PSNR") or k in attributes for k in COLUMNS] for attributes in told])
-    figures = {name: resampled(row.values, asked) for name, row in rows.items()}
+    figures = {name: figures_of(row.values, asked) for name, row in rows.items()}
     shown = {name: {k: interval(v) for k, v in f.items()} for name, f in figures.items()}
     for name, row in rows.items():
         shown[name] |= {"changed": row.changed, "seconds": round(row.seconds, 4)}
@@ -304,8 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     training.fast_malloc()
     device = training.pick_device(args.device)
-    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
-    model = load_unifashion(args.preset, args.weights, device, torch.bfloat16 if bf16 else torch.float32)
+    model = load_unifashion(args.preset, args.weights, device, training.compute_dtype(device, args.dtype))
     words = tokenizer(args.preset, args.weights)
     world = training.toy_folder(path)
     split = args.split or ("test" if controls else "val")
@@ -356,34 +343,24 @@ def main(argv: list[str] | None = None) -> None:
     results = {condition: compare(rows[condition], cases, condition) for condition in CONDITIONS}
 
     on_truth = {k: results["cloth"]["rows"]["truth"][k][0] for k in COLUMNS}
-    report = {
-        "command": shlex.join(["python", "-m", "eval.generation", *(sys.argv[1:] if argv is None else argv)]),
-        "commit": runs.git_commit(),
+    report = about_run("eval.generation", argv, args, model, began) | {
         "toyfashion": read_json(world / "toy.json"),
         "split": split,
         "samples": len(cases),
         "seen in training": seen,
         "settings": [s._asdict() for s in settings],
-        "preset": args.preset,
-        "seed": args.seed,
-        "dtype": "bf16" if bf16 else "fp32",
-        "device": device.type,
-        "torch": torch.__version__,
-        "qformer sha256": qformer_hash(model),
-        "model sha256": sha256(learned_file(args.preset, args.weights)),
         "data sha256": str(fingerprint),
         **verdict.lines(),
         "palette rule on the truth": on_truth["colour"],
         "judge on the truth": {"fingerprint": judge_key, **{k: on_truth[k] for k in (*ATTRIBUTES, "IoU")}},
         f"{FRECHET}, two halves": round(fid_floor(truth.features), 4) if len(cases) > 3 else None,
-        "seconds": round(time.perf_counter() - began, 1),
     }
     print(*(f"{name:<28}{value}" for name, value in report.items()), sep="\n")
     if on_truth["colour"] < 99:
         print("the palette rule is below 99 % on the truth: do not trust the colours")
     print(*(table(condition, results[condition]) for condition in CONDITIONS), sep="\n")
     if args.out:
-        args.out.write_text(json.dumps({**report, "results": results}, indent=1) + "\n")
+        save_json({**report, "results": results}, args.out)
     if args.sheet:
         made = [next(iter(rows[condition].values())).first for condition in CONDITIONS]
         save_sheet(cases, [*made, truth.first], args.sheet)

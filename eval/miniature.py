@@ -12,18 +12,26 @@ ViT, VAE and LLM of weights/tiny:
              base | llm | llm-cap | diff                   phase 2 four times, from the same phase 1: Table 5's rows (`VARIANTS`)
              each, and phase 1 alone, measured by eval.retrieval, eval.composed, eval.captioning; the last by eval.generation
 
-Every variant takes the same number of steps of each task that it has, so those with more tasks train longer: as in the paper,
-a new objective comes on top. What is measured is the last step: nothing is chosen, so nothing can be chosen on the reported
-split. RUN/jobs.jsonl tells what each job took; jobs that are done are not done again, and a job that was killed goes on.
+Every variant takes the same number of steps of each task that it has, so those with more tasks train longer: a new objective
+comes on top. What is measured is the last step: nothing is chosen, so nothing can be chosen on the reported
+split. All is measured in float32.
+
+OUT/settings.json   what all was asked for; with anything else, it is another folder's
+OUT/jobs.jsonl      what each job took, sitting by sitting; of a sitting whose parent was killed (-9) nothing
+OUT/seedN/lock      held while jobs of this seed are at work, also those that a killed parent left: on Linux they save and end
+
+Jobs that are done are not done again, and a job that was killed goes on.
 """
 
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -34,6 +42,8 @@ import train_phase1
 import train_phase2
 from eval import captioning, composed, generation, retrieval, speed
 from eval import miniature_tables as tables
+from eval.jobs import end_with_parent, is_done, locked, note, noted, places_of
+from eval.report import save_json
 from unifashion import Parser, UserError, training
 from unifashion.data import read_json, toy
 from unifashion.data.fashioniq import CATEGORIES
@@ -44,6 +54,12 @@ SEEDS = (0, 1, 2)
 STEPS = {"align": 1000, "caption": 1000, "generate": 1000}  # phase 1
 TASK_STEPS = {"retrieval": 200, "cir": 600, "caption": 400, "tryon": 900}  # phase 2
 EVALUATIONS = ("retrieval", "composed", "captioning", "generation")
+DEFAULTS = {
+    "search": Path("data/toy-search"),
+    "out": Path("runs/miniature"),
+    "device": "auto",
+    "dtype": "auto",
+}
 EVALUATE = 300  # steps between checkpoints
 TRIPLETS = 3  # one in so many of ToyFashion's training triplets
 VARIANTS = {  # the rows of Table 5: tasks, and what Eq. 13 is left without
@@ -165,7 +181,7 @@ def weights_of(run: Path) -> Path:
 
 def measure(run: Path, home: Path, args: argparse.Namespace) -> None:
     """RUN/retrieval.json, composed.json, captioning.json, and where it was trained to draw generation.json: what is not there."""
-    common = ["--weights", str(weights_of(run)), "--device", args.device, "--quiet"]
+    common = ["--weights", str(weights_of(run)), "--device", args.device, "--dtype", "fp32", "--quiet"]
     searched, drawn = ["--data", f"toy={args.search}"], ["--data", f"toy={args.world}"]
     evaluations = {
         "retrieval": (retrieval.main, searched),
@@ -195,58 +211,57 @@ def measure(run: Path, home: Path, args: argparse.Namespace) -> None:
 
 def carry_out(args: argparse.Namespace) -> None:
     """All jobs that are not done, `args.jobs` at a time, each in a process of its own, on a CPU pinned to its own cores."""
-    waiting = {job: needs for seed in args.seeds for job, needs in jobs_of(seed).items()}
-    done = {job for job in waiting if is_done(args.out, job)}
-    waiting = {job: needs for job, needs in waiting.items() if job not in done}
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    share = max(1, len(cores) // args.jobs)
-    places = [cores[i * share : (i + 1) * share] for i in range(args.jobs)]
-    running: dict[str, tuple[subprocess.Popen, list[int], float]] = {}
-    bar = tqdm(total=len(done) + len(waiting), initial=len(done), desc="jobs", unit="job", disable=args.quiet)
-    try:
-        while waiting or running:
-            free = [place for place in places if place not in [place for _, place, _ in running.values()]]
-            ready = [job for job, needs in waiting.items() if done.issuperset(needs)]
-            for job, place in zip(ready, free, strict=False):
-                del waiting[job]
-                running[job] = (start(job, place, args), place, time.time())
-            bar.set_postfix_str(", ".join(running))
-            time.sleep(1)
-            for job, (process, place, began) in list(running.items()):
-                if process.poll() is not None:
-                    del running[job]
-                    note(args.out, job, process.returncode, time.time() - began, len(place))
-                    if process.returncode:
+    places, device = places_of(args.jobs), training.pick_device(args.device)
+    on = {"device": device.type, "machine": speed.machine(device, training.compute_dtype(device, args.dtype))}
+    running: dict[str, tuple[subprocess.Popen, int, float]] = {}
+
+    def ended(job: str) -> int:
+        process, place, began = running.pop(job)
+        seconds = round(time.time() - began)
+        row = {"job": job, "code": process.returncode, "seconds": seconds, "cores": len(places[place]), **on}
+        note(args.out, row)
+        return process.returncode
+
+    with ExitStack() as locks:
+        for seed in args.seeds:
+            locks.enter_context(locked(args.out / f"seed{seed}"))
+        waiting = {job: needs for seed in args.seeds for job, needs in jobs_of(seed).items()}
+        done = {job for job in waiting if is_done(args.out, job)}
+        bar = tqdm(total=len(waiting), initial=len(done), desc="jobs", unit="job", disable=args.quiet)
+        waiting = {job: needs for job, needs in waiting.items() if job not in done}
+        try:
+            while waiting or running:
+                free = set(range(len(places))) - {place for _, place, _ in running.values()}
+                ready = [job for job, needs in waiting.items() if done.issuperset(needs)]
+                for job, place in zip(ready, sorted(free), strict=False):
+                    del waiting[job]
+                    running[job] = (start(job, places[place], args), place, time.time())
+                bar.set_postfix_str(", ".join(running))
+                time.sleep(1)
+                for job in [job for job, (process, *_) in running.items() if process.poll() is not None]:
+                    if ended(job):
                         raise UserError(f"{job} failed: {log_of(args.out, job)} tells why")
                     done.add(job)
                     bar.update()
-    finally:
-        bar.close()
-        for job, (process, place, began) in running.items():  # they save what they have, and end
-            process.terminate()
-            process.wait()
-            note(args.out, job, process.returncode, time.time() - began, len(place))
+        finally:
+            bar.close()
+            for process, *_ in running.values():  # they save what they have, and end
+                process.terminate()
+            for job, (process, *_) in list(running.items()):
+                process.wait()
+                ended(job)
 
 
 def start(job: str, place: list[int], args: argparse.Namespace) -> subprocess.Popen:
     log = log_of(args.out, job)
     log.parent.mkdir(parents=True, exist_ok=True)
-    flags = [
-        "--data",
-        f"toy={args.world}",
-        "--search",
-        str(args.search),
-        "--out",
-        str(args.out),
-        "--job",
-        job,
-    ]
-    flags += ["--device", args.device, "--dtype", args.dtype]
+    flags = ["--data", f"toy={args.world}", "--search", str(args.search), "--out", str(args.out)]
+    flags += ["--job", job, "--device", args.device, "--dtype", args.dtype]
     command = [sys.executable, "-m", "eval.miniature", *flags]
-    with open(log, "a") as file:
-        env = os.environ | ({"OMP_NUM_THREADS": str(len(place))} if args.device != "cuda" else {})
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=env)
-    if place and args.device != "cuda":
+    env = os.environ | {"OMP_NUM_THREADS": str(len(place))}
+    with open(log, "a") as file:  # close_fds: the lock is for it, too
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=env, close_fds=False)
+    if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(process.pid, place)
     return process
 
@@ -255,19 +270,24 @@ def log_of(out: Path, job: str) -> Path:
     return out / f"{job}.log"
 
 
-def note(out: Path, job: str, code: int, seconds: float, cores: int) -> None:
-    with open(out / "jobs.jsonl", "a") as file:
-        row = {"job": job, "code": code, "seconds": round(seconds), "cores": cores}
-        file.write(json.dumps(row) + "\n")
-
-
-def is_done(out: Path, job: str) -> bool:
-    return any(row["job"] == job and row["code"] == 0 for row in noted(out))
-
-
-def noted(out: Path) -> list[dict]:
-    file = out / "jobs.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+def agree(args: argparse.Namespace) -> None:
+    """Write OUT/settings.json. Raise UserError, having written nothing, if OUT was begun with others: rows would not be comparable."""
+    dtype = training.compute_dtype(training.pick_device(args.device), args.dtype)
+    settings = {
+        "steps": STEPS | TASK_STEPS,
+        "variants": VARIANTS,
+        "one triplet in": TRIPLETS,
+        "dtype": str(dtype).removeprefix("torch."),
+        "trained on": read_json(args.world / "toy.json"),
+        "searched": read_json(args.search / "toy.json"),
+    }
+    settings, file = json.loads(json.dumps(settings)), args.out / "settings.json"
+    before = read_json(file) if file.is_file() else settings
+    if other := [f"{k} {before.get(k)}, not {v}" for k, v in settings.items() if before.get(k) != v]:
+        raise UserError(
+            f"{args.out} was begun with {'; '.join(other)}: ask for the same, or name another --out"
+        )
+    save_json(settings, file)
 
 
 # How it is told
@@ -288,17 +308,38 @@ def results_of(out: Path, seeds: Sequence[int]) -> tables.Results:
 def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
     """What a reader must know of how the figures came about."""
     took = [row for row in noted(args.out) if int(row["job"].split("/")[0].removeprefix("seed")) in results]
-    hours = sum(row["seconds"] * max(1, row["cores"]) for row in took) / 3600
+    cpu, gpu = (
+        sum(row["seconds"] * (row["cores"] if on == "cpu" else 1) for row in took if row.get("device", "cpu") == on) / 3600
+        for on in ("cpu", "cuda")
+    )  # fmt: skip
+    spent = [f"{cpu:.1f} hours of one core"] * (cpu > 0) + [f"{gpu:.1f} hours of jobs on the GPU"] * (gpu > 0)
+    told = [of for runs in results.values() for run in runs.values() for of in run.values()]
+    trained = [
+        args.out / f"seed{seed}" / run / "last/state.json" for seed in results for run in results[seed]
+    ]
     device = training.pick_device(args.device)
-    commits = sorted({of["commit"] for r in results.values() for e in r.values() for of in e.values()})
+    here = speed.machine(device, training.compute_dtype(device, args.dtype))
+    machines = sorted({row["machine"] for row in took if "machine" in row})
+    commits = {of["commit"] for of in told} | {read_json(f)["commit"] for f in trained if f.is_file()}
     return {
-        "command": f"`python -m eval.miniature --data toy --dtype {args.dtype}`",
-        "commit": ", ".join(commits),
-        "machine": speed.machine(device, training.compute_dtype(device, args.dtype)),
-        "time": f"{hours:.1f} hours of one core, in {len({row['job'] for row in took})} jobs",
+        "command": f"`{command_of(args)}`",
+        "commit": ", ".join(sorted(commits)),
+        "machine": "; ".join(machines) or f"not noted; told on {here}",
+        "time": f"at least {' and '.join(spent)}, in {len({row['job'] for row in took})} jobs",
         "seeds": ", ".join(map(str, results)),
         "steps": ", ".join(f"{k} {v}" for k, v in {**STEPS, **TASK_STEPS}.items()),
+        "verdict of the leak guard": "; ".join(sorted({of["verdict"] for of in told})),
+        "each run's own report": f"{args.out}/seedN/RUN/*.json: command, protocol, hashes of data and Q-Former, intervals over cases",
     }
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """What says it again, in however many sittings it was said."""
+    asked = {name: getattr(args, name) for name in ("search", "out", "device", "dtype")}
+    flags = [x for k, v in asked.items() if v != DEFAULTS[k] for x in (f"--{k}", str(v))]
+    if tuple(args.seeds) != SEEDS:
+        flags += ["--seeds", *map(str, args.seeds)]
+    return shlex.join(["python", "-m", "eval.miniature", "--data", args.data, *flags])
 
 
 def save_text(text: str, path: Path) -> None:
@@ -311,15 +352,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--data", required=True, metavar="toy[=PATH]", help="ToyFashion, to train on and to draw for")
-    add("--search", type=Path, default=Path("data/toy-search"), help="ToyFashion to search in (%(default)s)")
-    add("--out", type=Path, default=Path("runs/miniature"), help="default %(default)s")
+    add("--search", type=Path, help="ToyFashion to search in (%(default)s)")
+    add("--out", type=Path, help="default %(default)s")
     add("--seeds", type=int, nargs="+", default=SEEDS, help="default 0 1 2")
     add("--jobs", type=int, default=2, help="at a time; 0: none, only tell (default %(default)s)")
     add("--job", help=argparse.SUPPRESS)
-    add("--device", default="auto", help="auto | cpu | cuda")
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, else fp32")
+    add("--device", help="auto | cpu | cuda")
+    add("--dtype", choices=["auto", "fp32", "bf16"], help="of training; auto: bf16 on CUDA, else fp32")
     add("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args(argv)
+    parser.set_defaults(**DEFAULTS)
+    args = parser.parse_args(argv)
+    if (
+        min(args.seeds) < 0
+        or len(set(args.seeds)) < len(args.seeds)
+        or len(args.seeds) not in tables.T95.keys() | {1}
+    ):
+        raise UserError(f"--seeds must be 0 or more, each once, {max(tables.T95)} at most")
+    if args.jobs < 0:
+        raise UserError("--jobs must be 0 or more")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -329,10 +380,14 @@ def main(argv: list[str] | None = None) -> None:
         toy.ensure(args.search, seed=1, train=0, val=0, test=2000)
     args.search = training.toy_folder(args.search)
     if args.job:
+        end_with_parent()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
         return do(args.job, args)
     if args.jobs:
         args.out.mkdir(parents=True, exist_ok=True)
+    if args.out.is_dir():
+        agree(args)
+    if args.jobs:
         carry_out(args)
     results = results_of(args.out, args.seeds)
     if not results:

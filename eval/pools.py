@@ -13,9 +13,14 @@ from eval.truth import garments_of, look, seen_in_training
 from unifashion import UserError
 from unifashion.data import toy
 from unifashion.data.fashioniq import FashionIQ, FashionIQCap, Triplet, absent_pictures, joined, picture_path
-from unifashion.seen import items, read_record
+from unifashion.seen import items, read_record, world_of
 
 ORIGINAL, VAL = "original", "VAL"  # kinds of pools
+WHOLE = {
+    "dress": (2017, 3817),
+    "shirt": (2038, 6346),
+    "toptee": (1961, 5373),
+}  # queries and pictures of Fashion-IQ's val
 
 
 @dataclass
@@ -58,6 +63,17 @@ def pools_of(data: FashionIQ) -> list[Pool]:
         inner = {VAL: torch.tensor([name in asked for name in ids])}
         pools.append(Pool(name, ids, rows, torch.from_numpy(targets[:, None] == np.array(ids)), inner))
     return pools
+
+
+def check_whole(data: FashionIQ) -> None:
+    """Raise UserError unless val has the published queries and pictures; a part of a ToyFashion has its own."""
+    for name, sizes in () if world_of(data.root) else WHOLE.items():
+        found = sum(row.category == name for row in data.rows), len(data.pools[name])
+        if found != sizes:
+            raise UserError(
+                f"{data.root}: {name} has {found[0]} queries and {found[1]} pictures, not {sizes[0]} and {sizes[1]}, and of others "
+                f"the figures would be others: {data.SOURCE}"
+            )
 
 
 def one_pool(data: FashionIQ, looks: dict[str, object]) -> Pool:

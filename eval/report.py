@@ -55,7 +55,7 @@ def shuffled(looks: Sequence, seed: int) -> list[int]:
         order = torch.randperm(len(looks), generator=training.seeded("shuffled", seed, attempt)).tolist()
         if all(looks[i] != looks[j] for i, j in enumerate(order)):
             return order
-    raise UserError("the garments are too much alike to shuffle their captions: take more --samples")
+    raise UserError(f"{len(looks)} cases are too much alike to shuffle them: take more")
 
 
 def chance(right: Tensor, n: int, k: int) -> float:

@@ -31,7 +31,18 @@ from torch.utils.data import Dataset
 from eval import guard
 from eval.captioning import draw
 from eval.embed import cut_texts, embed_pictures, embed_texts
-from eval.gallery import AT, COLUMNS, DRAWS, NEGATIVES, QUERIES, Figures, Gallery, among_figures, full_figures
+from eval.gallery import (
+    AT,
+    COLUMNS,
+    DRAWS,
+    NEGATIVES,
+    QUERIES,
+    Figures,
+    Gallery,
+    among_figures,
+    check_rows,
+    full_figures,
+)
 from eval.metrics.recall import ranks
 from eval.report import (
     Fingerprint,
@@ -56,7 +67,6 @@ from unifashion.search import text_to_image
 from unifashion.seen import world_of
 from weights.load import learned_file
 
-ROWS = 32_528  # of FashionGen's validation split
 PAPER = (71.41, 93.69, 97.47, 71.44, 93.79, 97.51, 87.55)  # Table 1, on FashionGen, and its mean
 FAME_VIL = (62.86, 87.38, 93.52, 65.94, 91.92, 97.22, 83.14)  # its Table 1
 FAME_VIL_FULL = 70.00  # the mean of six, in its Table 4; nothing more is published
@@ -80,11 +90,7 @@ def whole(data: FashionGen, world: Path | None) -> tuple[Tensor, list[int]]:
 
     Raises UserError if rows or texts are missing.
     """
-    rows = 3 * len(toy.read_rows(world, "val")) if world else ROWS
-    if len(data) != rows:
-        raise UserError(
-            f"{data.file} has {len(data)} rows, not {rows}, and among other candidates the figures would be others: {data.SOURCE}"
-        )
+    check_rows(data, world)
     if silent := [i for i, text in enumerate(data.texts) if not text]:
         raise UserError(f"{data.file}: {len(silent)} rows have no text, row {silent[0]} for one")
     first: dict[str, int] = {}

@@ -395,6 +395,13 @@ def test_wrong_input_is_refused_before_any_work(command, flags, monkeypatch):
         command(*flags.split())
 
 
+def test_a_fashiongen_that_is_not_whole_is_refused(command, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(captioning, "write", lambda *_: pytest.fail("work was begun"))
+    folder = shutil.copytree(toy.part(world, "fashiongen", True), tmp_path / "real")
+    with pytest.raises(UserError, match="has 12 rows, not 32528"):
+        command("--data", f"fashiongen={folder}")
+
+
 def test_captions_too_long_for_the_llm_are_refused(command, monkeypatch):
     monkeypatch.setattr(captioning, "load_unifashion", lambda *_, **__: pytest.fail("work was begun"))
     with pytest.raises(UserError, match=r"^--max-tokens is 160, must be 1 to \d+: the rest"):

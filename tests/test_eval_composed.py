@@ -359,9 +359,14 @@ def test_fashioniq_itself_is_set_beside_the_paper(command, world):
     assert "drawn" not in printed
 
 
-def test_a_missing_picture_is_told_before_any_work(command, world, tmp_path, monkeypatch):
+def test_missing_queries_or_pictures_are_told_before_any_work(command, world, tmp_path, monkeypatch):
     monkeypatch.setattr(composed, "load", lambda *_: pytest.fail("work was begun"))
     folder = Path(shutil.copytree(world / "fashioniq", tmp_path / "fashioniq"))
+    with pytest.raises(
+        UserError, match=r"dress has \d+ queries and \d+ pictures, not 2017 and 3817, and of others"
+    ):
+        command("--data", f"fashioniq={folder}")
+    monkeypatch.setattr(pools, "WHOLE", {})
     gone = FashionIQ(folder, "val").pools["toptee"][1]
     (folder / f"images/{gone}.png").unlink()
     with pytest.raises(UserError, match=rf"lacks 1 of \d+ pictures, images/{gone}.png for one"):
@@ -396,6 +401,11 @@ def test_the_released_captions_are_refused_also_without_their_guidance(command, 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs the sample annotations: set UNIFASHION_SAMPLES")
 def test_fashioniqs_own_pools_have_the_published_sizes_and_143_of_its_targets_are_seen(tmp_path):
     data, gold = FashionIQ(SAMPLES / "fashioniq", "val", pictures=False), GOLD["fashioniq_sizes"]
+    pools.check_whole(data)
+    del data.pools["shirt"][0]
+    with pytest.raises(UserError, match="shirt has 2038 queries and 6345 pictures, not 2038 and 6346"):
+        pools.check_whole(data)
+    data = FashionIQ(SAMPLES / "fashioniq", "val", pictures=False)
     for pool in pools.pools_of(data):
         of, k = gold[pool.name], pool.kinds
         assert len(pool.rows) == of["triplets"]

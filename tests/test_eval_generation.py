@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval import generation, judge
+from eval import captioning, generation, judge
 from eval.generation import (
     CONDITIONS,
     FRECHET,
@@ -20,14 +20,14 @@ from eval.generation import (
     Setting,
     compare,
     distances,
+    figures_of,
     measure,
     overheard,
-    resampled,
     try_on,
 )
 from eval.judge import ATTRIBUTES, COLUMNS, score, told
 from eval.metrics.fid import fid, kid_of_pairs
-from eval.report import interval
+from eval.report import interval, save_json
 from tests.small_draws import write_weights
 from tests.worlds import world_of
 from unifashion import UserError, feed, objectives, runs
@@ -36,6 +36,7 @@ from unifashion.data import toy
 from unifashion.data.mgd import MGD
 from unifashion.model import UniFashion
 from unifashion.samples import Scenes
+from unifashion.search import qformer_hash
 from unifashion.tokenizers import WordPiece
 from weights.load import load_unifashion, tokenizer
 
@@ -159,7 +160,7 @@ def test_figures_are_means_over_the_cases_that_are_asked():
     rng = np.random.default_rng(1)
     values, asked = rng.random((50, len(COLUMNS))), rng.random((50, len(COLUMNS))) < 0.6
     asked[:, COLUMNS.index("second")] = False
-    figures = resampled(values, asked)
+    figures = figures_of(values, asked)
     for i, k in enumerate(COLUMNS):
         mean = values[asked[:, i], i].mean() if asked[:, i].any() else np.nan
         np.testing.assert_allclose(figures[k][0], mean * (1 if k in ("IoU", "PSNR") else 100))
@@ -171,7 +172,7 @@ def test_figures_are_means_over_the_cases_that_are_asked():
 def test_intervals_have_the_width_of_theory():
     n, p = 400, 0.8
     values = np.repeat((np.arange(n) < p * n)[:, None], len(COLUMNS), axis=1).astype(float)
-    value, low, high = interval(resampled(values, np.ones_like(values, bool))["colour"])
+    value, low, high = interval(figures_of(values, np.ones_like(values, bool))["colour"])
     half = 196 * np.sqrt(p * (1 - p) / n)
     assert value == 80 and abs(low - (80 - half)) < 0.5 and abs(high - (80 + half)) < 0.5
 
@@ -498,17 +499,30 @@ def test_wrong_input_is_refused_before_any_work(command, flags, monkeypatch):
         command(*flags.split())
 
 
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    """`eval.miniature` takes a report that is there for whole."""
+    out = tmp_path / "report.json"
+    out.write_text("old")
+    with pytest.raises(TypeError):
+        save_json({"no JSON": object()}, out)
+    monkeypatch.setattr(Path, "write_text", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_json({}, out)
+    assert out.read_text() == "old"
+    assert generation.save_json is captioning.save_json is save_json
+
+
 def test_the_q_formers_hash_ignores_dtype_and_all_other_weights(weights, model):
-    wanted = generation.qformer_hash(model)
+    wanted = qformer_hash(model)
     other = load_unifashion("tiny", weights, dtype=torch.bfloat16)
     other.image_adapter.weight.mul_(2)
-    assert generation.qformer_hash(other) == wanted
+    assert qformer_hash(other) == wanted
     for name, tensor in other.qformer.state_dict().items():
         before = tensor.clone()
         tensor.view(-1)[-1] += 1
-        assert generation.qformer_hash(other) != wanted, name
+        assert qformer_hash(other) != wanted, name
         tensor.copy_(before)
-    assert generation.qformer_hash(other) == wanted
+    assert qformer_hash(other) == wanted
 
 
 # Helpers

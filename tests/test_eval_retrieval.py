@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval import report, retrieval
+from eval import gallery, report, retrieval
 from eval.captioning import draw
 from eval.embed import embed_pictures, embed_texts
 from eval.report import chance
@@ -317,7 +317,7 @@ def test_a_fashiongen_that_is_not_whole_gets_no_figure(command, world, tmp_path,
 
     copied(lambda file: None)
     refused("has 12 rows, not 32528")
-    monkeypatch.setattr(retrieval, "ROWS", 12)
+    monkeypatch.setattr(gallery, "ROWS", 12)
     command("--data", f"fashiongen={folder}")
 
     def silence(file) -> None:

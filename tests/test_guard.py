@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval import captioning, composed, generation, guard, leaks, retrieval
+from eval import captioning, composed, gallery, generation, guard, leaks, pools, retrieval
 from eval.guard import verdict
 from eval.leaks import Leak
 from eval.report import Fingerprint
@@ -157,7 +157,7 @@ def test_of_real_data_what_training_has_seen_is_told_in_the_report(
     """FashionGen's rows as if they were real: 3 of 30 products."""
     folder = Path(shutil.copytree(world / "fashiongen", tmp_path / "real"))
     data = FashionGen(folder, "validation")
-    monkeypatch.setattr(retrieval, "ROWS", len(data))
+    monkeypatch.setattr(gallery, "ROWS", len(data))
     put(weights, {"seen.fashiongen": hashes(data.products[:9]), f"chosen.{HELD_OUT}": seen.nothing()})
     told, saved = evaluate("retrieval of FashionGen", "--data", f"fashiongen={folder}")
     assert (
@@ -171,8 +171,9 @@ def test_of_real_data_what_training_has_seen_is_told_in_the_report(
 
 
 def test_of_fashioniq_queries_of_seen_targets_are_told_and_the_figures_without_them(
-    evaluate, weights, world, tmp_path
+    evaluate, weights, world, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(pools, "WHOLE", {})  # as if these were all
     folder = Path(shutil.copytree(world / "fashioniq", tmp_path / "real"))
     data = FashionIQ(folder, "val", pictures=False)
     known = [next(row.target for row in data.rows if row.category == c) for c in data.pools][1:]
@@ -247,7 +248,10 @@ def test_a_fingerprint_is_of_pixels_texts_and_their_borders():
     assert of({"a": 1, "b": 2}) == of({"b": 2, "a": 1})  # whatever the order of its keys
 
 
-def test_another_pixel_of_what_is_searched_is_another_fingerprint(evaluate, weights, world, tmp_path):
+def test_another_pixel_of_what_is_searched_is_another_fingerprint(
+    evaluate, weights, world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pools, "WHOLE", {})  # as if these were all
     put(weights, {})
     folder = Path(shutil.copytree(world / "fashioniq", tmp_path / "real"))
     _, before = evaluate("composed of Fashion-IQ", "--data", f"fashioniq={folder}")

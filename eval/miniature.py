@@ -27,6 +27,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -229,6 +230,7 @@ def carry_out(args: argparse.Namespace) -> None:
         done = {job for job in waiting if is_done(args.out, job)}
         bar = tqdm(total=len(waiting), initial=len(done), desc="jobs", unit="job", disable=args.quiet)
         waiting = {job: needs for job, needs in waiting.items() if job not in done}
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what follows is done
         try:
             while waiting or running:
                 free = set(range(len(places))) - {place for _, place, _ in running.values()}
@@ -250,6 +252,7 @@ def carry_out(args: argparse.Namespace) -> None:
             for job, (process, *_) in list(running.items()):
                 process.wait()
                 ended(job)
+            signal.signal(signal.SIGTERM, before)
 
 
 def start(job: str, place: list[int], args: argparse.Namespace) -> subprocess.Popen:

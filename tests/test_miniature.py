@@ -77,19 +77,21 @@ def test_a_job_that_fails_stops_all_and_is_tried_again(tmp_path, monkeypatch):
     assert order[:2] == ["seed0/align", "seed0/caption"] and len(order) == len(miniature.jobs_of(0))
 
 
-def test_a_stop_ends_the_jobs_that_run_and_counts_them_as_not_done(tmp_path, monkeypatch):
-    ticks = iter(range(10**6))
+@pytest.mark.parametrize(("sign", "error"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit)])
+def test_a_stop_ends_the_jobs_that_run_and_counts_them_as_not_done(sign, error, tmp_path, monkeypatch):
+    ticks, before = iter(range(10**6)), signal.getsignal(signal.SIGTERM)
 
     def interrupted(_):
         if next(ticks) > 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.Signals[sign])
 
     monkeypatch.setattr(miniature.time, "sleep", interrupted)
     monkeypatch.setattr(
         miniature, "start", lambda *_: subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     )
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         miniature.carry_out(namespace(tmp_path))
+    assert signal.getsignal(signal.SIGTERM) == before
     assert [row["job"] for row in miniature.noted(tmp_path)] == ["seed0/align"]
     assert not miniature.is_done(tmp_path, "seed0/align")
 

@@ -280,12 +280,18 @@ TABLES = (
 )
 
 
-def report(results: Results, about: dict[str, str]) -> str:
+def report(results: Results, about: dict[str, str], pictures: dict[int, str]) -> str:
+    """pictures: seed -> where what it drew lies"""
     parts = ["# The paper in miniature", *(f"- {name}: {value}" for name, value in about.items())]
     text = "\n".join([parts[0], "", *parts[1:]])
     for title, table, note in TABLES:
         text += f"\n\n## {title}\n\n{table(results)}\n\n{note}"
+        if table is table3:
+            text += "".join(f"\n\n![Drawn with seed {k}]({v})" for k, v in pictures.items()) + f"\n\n{SHEETS}"
     return f"{text}\n\n## The paper's claims, here\n\n{claim_table(results)}\n\n{CLAIMS}\n"
+
+
+SHEETS = "Rows: person, mask, cloth, sketch; dressed from the cloth photo, from sketch and text; the truth."
 
 
 CLAIMS = """\

@@ -44,6 +44,7 @@ from unifashion.data.mgd import MGD
 from unifashion.data.mgd_mask import DRESSCODE
 from unifashion.data.vitonhd import VITONHD
 from unifashion.model import UniFashion
+from unifashion.seen import world_of
 from unifashion.tokenizers import WordPiece
 from weights.load import learned_file, load_unifashion, sha256, tokenizer
 
@@ -60,6 +61,7 @@ ROWS = (
     *(f"{CEILING}, {how}" for how in (WITH, WITHOUT)),
     HALVES,
 )
+PAIRS = 2032  # in VITON-HD's test
 PAPER = {  # Table 3, unpaired: FID, KID x1000, CLIP-S
     "vitonhd": {
         "UniFashion": (8.42, 0.67),
@@ -115,6 +117,8 @@ def read_asked(name: str, path: Path, split: str, samples: int | None) -> dict[s
             raise UserError(
                 f"{path} lacks files of {len(gone)} of {len(data)} {pairing} pairs, {gone[0]} for one: it must be whole"
             )
+        if split == "test" and len(data) != PAIRS and not world_of(path):
+            raise UserError(f"{path} has {len(data)} {pairing} pairs in test, not {PAIRS}: it must be whole")
         asked[pairing] = Asked(data, list(range(min(len(data), samples or len(data)))))
     return asked
 

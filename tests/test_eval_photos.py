@@ -458,3 +458,10 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in sorted(every)
         if path.name != "lock" and path.name[0] != "."
     }
+
+
+def test_a_list_of_pairs_that_was_cut_gets_no_figure(data, tmp_path, command):
+    """Of the original's layout outside a ToyFashion: another number of pairs than VITON-HD's 2,032 is another test."""
+    shutil.copytree(data, tmp_path / "vitonhd")
+    with pytest.raises(UserError, match=f"has {N} paired pairs in test, not 2032"):
+        read_asked("vitonhd", tmp_path / "vitonhd", "test", None)

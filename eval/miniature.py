@@ -10,7 +10,7 @@ ViT, VAE and LLM of weights/tiny:
     align -> caption -> generate                           phase 1
              annotate                                      captions by that captioner, from pictures alone: of the targets of
                                                            training, and of all pictures that composed search is measured on
-             base | llm | llm-cap | diff                   phase 2 four times, from the same phase 1: Table 5's rows (`VARIANTS`)
+             base | llm | llm-cap | q2i | diff             phase 2 five times, from the same phase 1: Table 5's rows (`VARIANTS`)
              each, and phase 1 alone, measured by eval.retrieval, eval.composed, eval.captioning; the last by eval.generation
 
 Every variant takes the same number of steps of each task that it has, so those with more tasks train longer: a new objective
@@ -68,6 +68,10 @@ VARIANTS = {  # the rows of Table 5: tasks, and what Eq. 13 is left without
     "base": (("retrieval", "cir"), "itg,q2i,caption"),
     "llm": (("retrieval", "cir", "caption"), "q2i,caption"),
     "llm-cap": (("retrieval", "cir", "caption"), "q2i"),
+    "q2i": (
+        ("retrieval", "cir", "caption"),
+        "",
+    ),  # not a row of the paper's: Eq. 12 by itself, without try-on's steps
     "diff": (("retrieval", "cir", "caption", "tryon"), ""),
 }
 

@@ -16,6 +16,7 @@ NAMES = {  # of runs, in the rows of Table 5
     "base": "Base",
     "llm": "Base+LLM",
     "llm-cap": "Base+LLM w/ cap",
+    "q2i": "the same and Eq. 12, no try-on",
     FULL: "Base+LLM+diff.",
 }
 T95 = {
@@ -210,6 +211,8 @@ def claims() -> list[Claim]:
         ("... trained with alone (Eq. 10's caption term), searched without", 1, "llm-cap", plain, "llm", plain),
         ("The diffusion model (Eq. 12, q2I, and try-on as a task) helps composed search", 1, FULL, with_captions, "llm-cap", with_captions),
         ("... searched without captions", 1, FULL, plain, "llm-cap", plain),
+        ("... Eq. 12 by itself, with as many steps as without it", 1, "q2i", with_captions, "llm-cap", with_captions),
+        ("... try-on as a task, on top of Eq. 12", 1, FULL, with_captions, "q2i", with_captions),
         ("All of it helps composed search", 1, FULL, with_captions, "base", plain),
         ("Search by text stays as it is with new modules (the paper: 87.38 to 87.55)", 0, FULL, searched("ours", "mean"), "base", searched("ours", "mean")),
         ("The diffusion model costs captioning quality (the paper: BLEU-4 36.21 to 35.53)", -1, FULL, bleu, "llm-cap", bleu),

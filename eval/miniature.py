@@ -284,7 +284,8 @@ def agree(args: argparse.Namespace) -> None:
     """Write OUT/settings.json. Raise UserError, having written nothing, if OUT was begun with others: rows would not be comparable."""
     dtype = training.compute_dtype(training.pick_device(args.device), args.dtype)
     settings = {
-        "steps": STEPS | TASK_STEPS,
+        "steps of phase 1": STEPS,
+        "steps of phase 2": TASK_STEPS,
         "variants": VARIANTS,
         "one triplet in": TRIPLETS,
         "dtype": str(dtype).removeprefix("torch."),
@@ -337,15 +338,18 @@ def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
         "machine": "; ".join(machines) or f"not noted; told on {here}",
         "time": f"at least {' and '.join(spent)}, in {len({row['job'] for row in took})} jobs",
         "seeds": ", ".join(map(str, results)),
-        "steps": ", ".join(f"{k} {v}" for k, v in {**STEPS, **TASK_STEPS}.items()),
+        "steps": "; ".join(
+            f"phase {i}: " + ", ".join(f"{k} {v}" for k, v in steps.items())
+            for i, steps in enumerate((STEPS, TASK_STEPS), 1)
+        ),
         "verdict of the leak guard": "; ".join(sorted({of["verdict"] for of in told})),
         "each run's own report": f"{args.out}/seedN/RUN/*.json: command, protocol, hashes of data and Q-Former, intervals over cases",
     }
 
 
 def command_of(args: argparse.Namespace) -> str:
-    """What says it again, in however many sittings it was said."""
-    asked = {name: getattr(args, name) for name in ("search", "out", "device", "dtype")}
+    """What says it again, in however many sittings it was said; --out is a place and no more."""
+    asked = {name: getattr(args, name) for name in ("search", "device", "dtype")}
     flags = [x for k, v in asked.items() if v != DEFAULTS[k] for x in (f"--{k}", str(v))]
     if tuple(args.seeds) != SEEDS:
         flags += ["--seeds", *map(str, args.seeds)]

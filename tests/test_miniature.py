@@ -147,7 +147,7 @@ def test_a_folder_that_was_begun_with_other_settings_is_refused(tmp_path, monkey
     with pytest.raises(UserError, match="was begun with dtype float32, not bfloat16: ask for the same"):
         miniature.agree(Namespace(**vars(args) | {"dtype": "bf16"}))
     monkeypatch.setitem(miniature.STEPS, "align", 7)
-    with pytest.raises(UserError, match="begun with steps {'align': 1000, .*, not {'align': 7"):
+    with pytest.raises(UserError, match="begun with steps of phase 1 {'align': 1000, .*, not {'align': 7"):
         miniature.agree(args)
     monkeypatch.undo()
     (tmp_path / "search/toy.json").write_text(json.dumps({"seed": 1}))
@@ -306,6 +306,15 @@ def test_table_5_has_the_figure_of_design_as_the_papers(results):
     line = next(row for row in tables.table5(results).splitlines() if "diff." in row)
     assert line.endswith("| 12.0 ± 0.0 |")
     assert tables.table5({}).splitlines()[0].endswith("| FIG: Fréchet, design |")
+
+
+def test_the_document_tells_what_was_kept():
+    root = Path(__file__).parent.parent
+    results = miniature.results_of(root / "docs/miniature", miniature.SEEDS)
+    pictures = {seed: f"../docs/miniature/seed{seed}/diff/drawn.png" for seed in results}
+    told = tables.report(results, {}, pictures).partition("## Table 1")[2]
+    assert told == (root / "eval/miniature.md").read_text().partition("## Table 1")[2]
+    assert all((root / "eval" / picture).is_file() for picture in pictures.values())
 
 
 @pytest.mark.slow

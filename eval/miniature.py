@@ -328,6 +328,12 @@ def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
     trained = [
         args.out / f"seed{seed}" / run / "last/state.json" for seed in results for run in results[seed]
     ]
+    settings = args.out / "settings.json"
+    asked = (
+        read_json(settings)
+        if settings.is_file()
+        else {"steps of phase 1": STEPS, "steps of phase 2": TASK_STEPS}
+    )
     device = training.pick_device(args.device)
     here = speed.machine(device, training.compute_dtype(device, args.dtype))
     machines = sorted({row["machine"] for row in took if "machine" in row})
@@ -340,7 +346,7 @@ def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
         "seeds": ", ".join(map(str, results)),
         "steps": "; ".join(
             f"phase {i}: " + ", ".join(f"{k} {v}" for k, v in steps.items())
-            for i, steps in enumerate((STEPS, TASK_STEPS), 1)
+            for i, steps in enumerate((asked["steps of phase 1"], asked["steps of phase 2"]), 1)
         ),
         "verdict of the leak guard": "; ".join(sorted({of["verdict"] for of in told})),
         "each run's own report": f"{args.out}/seedN/RUN/*.json: command, protocol, hashes of data and Q-Former, intervals over cases",
@@ -390,19 +396,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    args.world = training.toy_folder(training.name_and_path(args.data, ("toy",))[1])
-    if not args.search.exists():
-        toy.ensure(args.search, seed=1, train=0, val=0, test=2000)
-    args.search = training.toy_folder(args.search)
+    args.world = training.name_and_path(args.data, ("toy",))[1]
+    if args.job or args.jobs:  # telling needs no world
+        args.world = training.toy_folder(args.world)
+        if not args.search.exists():
+            toy.ensure(args.search, seed=1, train=0, val=0, test=2000)
+        args.search = training.toy_folder(args.search)
     if args.job:
         end_with_parent()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
         return do(args.job, args)
     if args.jobs:
         args.out.mkdir(parents=True, exist_ok=True)
-    if args.out.is_dir():
         agree(args)
-    if args.jobs:
         carry_out(args)
     results = results_of(args.out, args.seeds)
     if not results:

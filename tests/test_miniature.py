@@ -188,7 +188,12 @@ def test_the_report_says_how_it_came_about(tmp_path, results):
     state.parent.mkdir(parents=True)
     state.write_text('{"commit": "b"}')
     told = miniature.about(args, results)
-    assert told["command"] == f"`python -m eval.miniature --data toy=w --out {tmp_path} --dtype bf16`"
+    assert told["command"] == "`python -m eval.miniature --data toy=w --dtype bf16`"
+    assert "align 1000" in told["steps"]
+    (tmp_path / "settings.json").write_text(
+        '{"steps of phase 1": {"align": 7}, "steps of phase 2": {"cir": 9}}'
+    )
+    assert miniature.about(args, results)["steps"] == "phase 1: align 7; phase 2: cir 9"
     assert told["time"] == "at least 2.0 hours of one core and 2.0 hours of jobs on the GPU, in 2 jobs"
     assert told["machine"] == "one; two" and told["commit"] == "a, b"
     assert told["verdict of the leak guard"] == "clean"

@@ -39,7 +39,7 @@ TRAINS = {"train_phase1.py": train_phase1, "train_phase2.py": train_phase2}
 
 def test_every_block_is_run_by_a_test_or_by_ci():
     by_tests = {"try-on", "use", "train (hours)", "several processes (hours)", "annotate (needs Fashion-IQ)"}
-    by_tests |= {"evaluate (needs the data sets)", "miniature (hours)"}
+    by_tests |= {"evaluate (needs the data sets, and a full model)", "miniature (hours)"}
     assert BLOCKS.keys() == {*by_tests, "tests"}  # .ci/run runs "tests"
 
 
@@ -171,7 +171,7 @@ def test_the_evaluations_write_their_reports(tmp_path, monkeypatch, capsys):
     (tmp_path / "data/fashioniq/captions.jsonl").write_text("\n".join(lines))
     torch.save({k: v.float() for k, v in test_inception.weights().items()}, tmp_path / FILES[0])
     monkeypatch.setattr(realism, "INCEPTION", tmp_path)
-    for line in BLOCKS["evaluate (needs the data sets)"]:
+    for line in BLOCKS["evaluate (needs the data sets, and a full model)"]:
         module, arguments = re.fullmatch(r"\.venv/bin/python -m (\S+) --preset full (.*)", line).groups()
         few = ["--steps", "2"] if module == "eval.generation" else []
         few += ["--split", "val"] if "captioning" in module else []

@@ -89,8 +89,13 @@ def test_a_stop_ends_the_jobs_that_run_and_counts_them_as_not_done(sign, error, 
     monkeypatch.setattr(
         miniature, "start", lambda *_: subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     )
-    with pytest.raises(error):
-        miniature.carry_out(namespace(tmp_path))
+    # A test before this one may have left either to the system, which would end pytest.
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(error):
+            miniature.carry_out(namespace(tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, was)
     assert signal.getsignal(signal.SIGTERM) == before
     assert [row["job"] for row in miniature.noted(tmp_path)] == ["seed0/align"]
     assert not miniature.is_done(tmp_path, "seed0/align")

@@ -341,7 +341,8 @@ def test_a_broken_person_is_told_before_anything_is_made(data, command, tmp_path
         command("vitonhd", "--keep", str(tmp_path / "made"), at=folder)
 
 
-def test_a_single_pair_and_dress_code_are_refused(data, command, tmp_path):
+def test_a_single_pair_and_dress_code_are_refused(data, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "PAIRS", 1)
     folder = shutil.copytree(data, tmp_path / "data")
     pairs = folder / "test_pairs.txt"
     pairs.write_text(pairs.read_text().splitlines()[0] + "\n")
@@ -408,6 +409,9 @@ def networks(tmp_path_factory) -> Path:
 def small(networks, monkeypatch) -> None:
     """Pictures for Inception of 79 pixels, 14 times faster than 299."""
     monkeypatch.setattr(measures, "SIDE", 79)
+    monkeypatch.setattr(
+        photos, "PAIRS", N
+    )  # of VITON-HD's own 2,032, where a copy lies outside its ToyFashion
     monkeypatch.setattr(realism, "INCEPTION", networks)
     monkeypatch.setattr(realism, "CLIP_L14", networks)
     monkeypatch.setattr(realism, "load_clip", partial(load_clip, cfg=test_clip.SMALL))
@@ -460,8 +464,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_list_of_pairs_that_was_cut_gets_no_figure(data, tmp_path, command):
+def test_a_list_of_pairs_that_was_cut_gets_no_figure(data, tmp_path, monkeypatch):
     """Of the original's layout outside a ToyFashion: another number of pairs than VITON-HD's 2,032 is another test."""
+    monkeypatch.setattr(photos, "PAIRS", 2032)
     shutil.copytree(data, tmp_path / "vitonhd")
     with pytest.raises(UserError, match=f"has {N} paired pairs in test, not 2032"):
         read_asked("vitonhd", tmp_path / "vitonhd", "test", None)

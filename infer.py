@@ -168,6 +168,7 @@ def caption(args: argparse.Namespace) -> None:
         print("no new captions", file=sys.stderr)
     elif not args.quiet:
         cut = f"; {used['cut']} cut at --max-tokens {args.max_tokens}" * (used["cut"] > 0)
+        cut += f"; written to {args.out}" * (done is not None)
         print(
             f"{tokens} tokens in {seconds:.2f} s, {used['tokens_per_second']} a second{cut}", file=sys.stderr
         )

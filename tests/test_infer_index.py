@@ -511,12 +511,13 @@ def test_the_sheet_shows_what_was_asked_for_and_what_was_found(room: Path, capsy
     asked = ("--image", "query.png", "--text", "a red dress", "--top", "7", "--sheet", "s.png")
     told, err = find(room, capsys, *asked, quiet=False)
     (((text, picture), shown),) = drawn
-    assert text == "looked for\na red dress" and picture.tobytes() == read_image("query.png").tobytes()
+    assert text == "looked for a red dress" and picture.tobytes() == read_image("query.png").tobytes()
     for one, (caption, image) in zip(told, shown, strict=True):
-        assert caption == f"{one['rank']}   {one['score']:.4f}\n{Path(one['path']).name}"
+        assert caption == f"{one['rank']}   {one['score']:.4f}\n{one['path']}"
         assert image.tobytes() == sheets.shrunk(read_image(room / "shop" / one["path"])).tobytes()
         assert max(image.size) < 200  # a hundred photographs as they are would be gigabytes
-    assert pixels(room / "s.png").shape == (2 * 240, 6 * 200, 3) and "grey" not in err
+    assert pixels(room / "s.png").shape == (2 * 240, 6 * 200, 3)
+    assert err.endswith("note: s.png shows what was found\n") and "grey" not in err
 
 
 def test_pictures_that_are_gone_are_grey_and_named(room: Path, capsys):
@@ -545,7 +546,7 @@ def test_a_sheet_has_room_for_a_hundred(room: Path, capsys, monkeypatch):
     monkeypatch.setattr(catalog, "SHOWN", 3)
     index(room, capsys)
     told, err = find(room, capsys, "--text", "red", "--sheet", "s.png", quiet=False)
-    assert len(told) == 8 and "note: the sheet shows the first 3\n" in err
+    assert len(told) == 8 and "note: s.png shows the first 3 of what was found\n" in err
     assert pixels(room / "s.png").shape == (240, 4 * 200, 3)
 
 
@@ -564,11 +565,27 @@ def test_captions_of_a_sheet_are_drawn_in_any_script():
     assert sheets._fitting("dress-e\u0301.png", font, 200) in ("dress-é.png", "dress-e.png")
     assert sheets._fitting("シャツ\udcff\n.png", font, 200) == "?????.png"
     long = sheets._fitting("m" * 300, font, 200)
-    assert long.endswith("m...") and font.getlength(long) <= 200
+    assert long.startswith("...m") and font.getlength(long) <= 200
+    assert sheets._fitting(f"a folder/{'m' * 300}/seen.png", font, 200).endswith("/seen.png")
     blank = np.array(sheets.found_sheet(("", None), [("", None)]))
     lettered = np.array(sheets.found_sheet(("", None), [("1 0.5\nシャツ.png", None)]))
     below = (lettered != blank).any(-1).nonzero()
     assert below[0].min() >= 200 and below[1].min() >= 200 and len(below[0]) > 50
+
+
+def test_a_text_that_is_looked_for_is_shown_whole_where_there_is_room():
+    font = sheets.ImageFont.load_default(14)
+    text = "looked for a dress with long sleeves and a collar of " + "m" * 40
+    lines = sheets._wrapped(text, font, 188, 12)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "") and len(lines) > 3
+    assert all(font.getlength(line) <= 188 for line in lines) and lines[0].startswith("looked for a dress")
+    assert len(cut := sheets._wrapped(text, font, 188, 2)) == 2 and cut[1].endswith("...")
+    assert font.getlength(cut[1]) <= 188 and sheets._wrapped("", font, 188, 2) == [""]
+    blank, told = (np.array(sheets.found_sheet((x, None), [("", None)])) for x in ("", text))
+    at = (told != blank).any(-1).nonzero()
+    assert (
+        at[0].min() < 30 and at[0].max() < 200 and at[1].max() < 200
+    )  # in the box that a picture would fill
 
 
 # Bad input

@@ -190,9 +190,9 @@ class Catalog:
 
     def save_sheet(self, text: str, picture: Image.Image | None, found: list[dict], path: Path) -> list[str]:
         """Write a PNG of what was asked for and of what `find` found -> what the user should be told of it."""
-        there, shown, notes = self.pictures(), [], []
+        there, shown, notes = self.pictures(), [], [f"{path} shows what was found"]
         if len(found) > SHOWN:
-            notes.append(f"the sheet shows the first {SHOWN}")
+            notes = [f"{path} shows the first {SHOWN} of what was found"]
         for item in found[:SHOWN]:
             image = None
             try:
@@ -202,8 +202,8 @@ class Catalog:
                 image = shrunk(read_image(there / item["path"]))
             except UserError as error:
                 notes.append(f"{error}; the sheet shows a grey box")
-            shown.append((f"{item['rank']}   {item['score']:.4f}\n{os.path.basename(item['path'])}", image))
-        save_png(found_sheet((f"looked for\n{text}", picture), shown), path)
+            shown.append((f"{item['rank']}   {item['score']:.4f}\n{item['path']}", image))
+        save_png(found_sheet((f"looked for {text}".strip(), picture), shown), path)
         return notes
 
 

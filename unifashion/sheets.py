@@ -75,6 +75,8 @@ def found_sheet(
     """
     What was asked for, framed, then what was found, a caption of two lines below each; a grey box where a picture is missing.
 
+    Of a caption too long for its line the beginning is left out: a name ends a path. What was asked for is shown whole where
+    it has the room, over as many lines as fit: 12, or below a picture 2.
     Letters that Pillow's own font lacks lose their accents, or are shown as "?".
     """
     cell, below, across = CELL, 40, 6
@@ -89,9 +91,13 @@ def found_sheet(
         elif picture is not None:
             small = shrunk(picture)
             sheet.paste(small, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
-        lines = [_fitting(line, font, cell - 12) for line in text.split("\n")[:2]]
+        if i:
+            top, lines = y + cell, [_fitting(line, font, cell - 12) for line in text.split("\n")[:2]]
+        else:
+            top = y + (6 if picture is None else cell)
+            lines = _wrapped(text, font, cell - 12, 12 if picture is None else 2)
         for row, line in enumerate(lines):
-            draw.text((x + 6, y + cell + 18 * row), line, "black", font)
+            draw.text((x + 6, top + 18 * row), line, "black", font)
     draw.rectangle((0, 0, cell - 1, cell + below - 1), outline="black")
     return sheet
 
@@ -102,8 +108,37 @@ def shrunk(picture: Image.Image) -> Image.Image:
     return picture.resize(tuple(max(1, round(side * x / max(picture.size))) for x in picture.size))
 
 
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+    """Lines of whole words, or of a longer word's pieces; of more than `most` the rest is left out."""
+    lines = [""]
+    for word in _drawable(text[:1000], font).split():
+        if font.getlength(f"{lines[-1]} {word}".strip()) <= width:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+            continue
+        lines += [""] if lines[-1] else []
+        for c in word:
+            if font.getlength(lines[-1] + c) > width:
+                lines.append("")
+            lines[-1] += c
+    if len(lines) > most:
+        lines = lines[:most]
+        while font.getlength(lines[-1] + "...") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] += "..."
+    return lines
+
+
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """What of a line can be drawn, and has room: the end of a longer one is left out."""
+    """What of a line can be drawn, and has room: the beginning of a longer one is left out."""
+    shown = _drawable(text[-200:], font)
+    if len(text) <= 200 and font.getlength(shown) <= width:
+        return shown
+    while shown and font.getlength("..." + shown) > width:
+        shown = shown[1:]
+    return "..." + shown
+
+
+def _drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
     nothing = bytes(font.getmask("\U0010ffff"))
 
     def drawn(c: str) -> str:
@@ -111,12 +146,7 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
         known = (x for x in (c, plain) if x == " " or (x.isprintable() and bytes(font.getmask(x)) != nothing))
         return next(known, "?")
 
-    shown = "".join(map(drawn, unicodedata.normalize("NFC", text[:200])))
-    if font.getlength(shown) <= width:
-        return shown
-    while shown and font.getlength(shown + "...") > width:
-        shown = shown[:-1]
-    return shown + "..."
+    return "".join(map(drawn, unicodedata.normalize("NFC", text)))
 
 
 def draw_curves(runs: list[Path], path: Path) -> None:

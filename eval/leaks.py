@@ -45,14 +45,13 @@ import argparse
 import json
 import math
 import re
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from unifashion import Parser, UserError
+from unifashion import Parser, UserError, training
 from unifashion.data.fashioniq import CATEGORIES, FashionIQ, joined
 
 FOUND, COPIED = 40.0, 5.0  # %: more is a leak
@@ -310,40 +309,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse(argv)
-        files = {file: read_rows(file) for file in args.captions}
-        known = {Path(row["image"]).stem for rows in files.values() for row in rows}
-        data = FashionIQ(args.root, args.split, pictures=False)
-        checked: dict[str, Leak] = {}
-        alone = []
-        for category in CATEGORIES:
-            if known.intersection(data.pools[category]):
-                asked = [(joined(x.captions), x.target) for x in data.rows if x.category == category]
-                if not asked:
-                    print(f"{category}: no query asks for it")
-                    continue
-                rows = own_file(files, category)
-                checked[category] = check(rows, asked, data.pools[category], allow=True)
-                print(f"{category}: {checked[category].figures()}", flush=True)
-                alone.append(text_alone(rows, asked, data.pools[category]))
-        if not checked:
-            raise UserError(f"the captions are of no picture of {args.root}, split {args.split}")
-        each = ", ".join(f"{k} {a:.2f} {b:.2f}" for k, (a, b) in zip(checked, alone, strict=True))
-        ten, fifty = np.mean(alone, axis=0)
-        print(f"text alone, mean of {len(alone)}: R@10 {ten:.2f} R@50 {fifty:.2f} ({each})", flush=True)
-        leaks = [f"{category}: {'; '.join(x.reasons)}" for category, x in checked.items() if x.reasons]
-        if leaks and not args.allow_leaky_captions:
-            raise UserError(f"refused: {'. '.join(leaks)}")
-        unknown = [name for name, x in checked.items() if x.candidates < FOUND_CANDIDATES]
-        few = f", but {', '.join(unknown)} cannot be judged by so few" * bool(unknown)
-        print("they leak, and that is allowed" if leaks else "no leak found" + few)
-    except UserError as error:
-        print("eval.leaks:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    files = {file: read_rows(file) for file in args.captions}
+    known = {Path(row["image"]).stem for rows in files.values() for row in rows}
+    data = FashionIQ(args.root, args.split, pictures=False)
+    checked: dict[str, Leak] = {}
+    alone = []
+    for category in CATEGORIES:
+        if known.intersection(data.pools[category]):
+            asked = [(joined(x.captions), x.target) for x in data.rows if x.category == category]
+            if not asked:
+                print(f"{category}: no query asks for it")
+                continue
+            rows = own_file(files, category)
+            checked[category] = check(rows, asked, data.pools[category], allow=True)
+            print(f"{category}: {checked[category].figures()}", flush=True)
+            alone.append(text_alone(rows, asked, data.pools[category]))
+    if not checked:
+        raise UserError(f"the captions are of no picture of {args.root}, split {args.split}")
+    each = ", ".join(f"{k} {a:.2f} {b:.2f}" for k, (a, b) in zip(checked, alone, strict=True))
+    ten, fifty = np.mean(alone, axis=0)
+    print(f"text alone, mean of {len(alone)}: R@10 {ten:.2f} R@50 {fifty:.2f} ({each})", flush=True)
+    leaks = [f"{category}: {'; '.join(x.reasons)}" for category, x in checked.items() if x.reasons]
+    if leaks and not args.allow_leaky_captions:
+        raise UserError(f"refused: {'. '.join(leaks)}")
+    unknown = [name for name, x in checked.items() if x.candidates < FOUND_CANDIDATES]
+    few = f", but {', '.join(unknown)} cannot be judged by so few" * bool(unknown)
+    print("they leak, and that is allowed" if leaks else "no leak found" + few)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    training.run(main)

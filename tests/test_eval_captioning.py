@@ -451,7 +451,7 @@ def test_the_users_error_is_one_line_and_code_2():
     command = [sys.executable, "-m", "eval.captioning", "--data", "toy", "--samples", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("captioning.py: --samples") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("eval.captioning: --samples") and done.stderr.count("\n") == 1
 
 
 def test_captions_are_written_by_the_one_function_of_infer():

@@ -257,7 +257,7 @@ def test_the_users_error_is_one_line_and_code_2():
     command = [sys.executable, "-m", "eval.retrieval", "--data", "toy", "--samples", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("retrieval.py: --samples") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("eval.retrieval: --samples") and done.stderr.count("\n") == 1
 
 
 # FashionGen

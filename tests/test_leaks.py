@@ -12,7 +12,7 @@ import pytest
 
 from eval import leaks
 from eval.leaks import bm25_ranks, check, copied, own_file, surely, text_alone, words
-from unifashion import UserError
+from unifashion import UserError, training
 from unifashion.data.texts import WORDS, choose, detailed, flat
 from unifashion.data.world import COMBINATION, sample_garment
 
@@ -266,7 +266,7 @@ def test_the_command_refuses_and_lets_pass(tmp_path: Path, capsys: pytest.Captur
     bad = write_rows(tmp_path / f"bad.{form}", [{"image": t, "caption": text} for text, t in queries])
     assert run(tmp_path, bad) == 2
     out, err = capsys.readouterr()
-    assert err.startswith("eval.leaks: refused: shirt: by the query's text alone") and err.count("\n") == 1
+    assert ": refused: shirt: by the query's text alone" in err and err.count("\n") == 1
     assert "400 candidates" in out and "found 99.2" in out
     assert run(tmp_path, bad, "--allow-leaky-captions") == 0
     assert capsys.readouterr() == (out + "they leak, and that is allowed\n", "")
@@ -302,10 +302,10 @@ def test_files_that_cannot_be_used_are_one_line(tmp_path: Path, capsys: pytest.C
     for name in [*contents, "picture.png", "absent.json", other.name]:
         assert run(tmp_path, tmp_path / name) == 2
         out, err = capsys.readouterr()
-        assert out == "" and err.startswith("eval.leaks: ") and err.count("\n") == 1
+        assert out == "" and err.count("\n") == 1
         assert name in err or name in (other.name, "empty.jsonl")
     for data in ("fashiongen=x", f"fashioniq={tmp_path / 'nowhere'}"):
-        assert leaks.main(["--captions", str(other), "--data", data]) == 2
+        assert code("--captions", other, "--data", data) == 2
 
 
 # Of real data
@@ -362,13 +362,13 @@ def test_two_people_who_describe_one_garment_pass(category: str):
 @needs_samples
 def test_the_command_refuses_the_released_files(capsys: pytest.CaptureFixture):
     files = [str(SAMPLES / f"fashioniq_cap/next_llava.val.{name}.caption.json") for name in CATEGORIES]
-    assert leaks.main(["--captions", *files, "--data", f"fashioniq={SAMPLES / 'fashioniq'}"]) == 2
+    assert code("--captions", *files, "--data", f"fashioniq={SAMPLES / 'fashioniq'}") == 2
     out, err = capsys.readouterr()
     assert [line.split(":")[0] for line in out.splitlines()] == [*CATEGORIES, "text alone, mean of 3"]
     ten, fifty = map(float, re.search(r"mean of 3: R@10 (\S+) R@50 (\S+) ", out).groups())
     assert abs(ten - 55.30) <= 0.05 and abs(fifty - 67.99) <= 0.05  # notes/upstream.md 4.3
     assert err.count("\n") == 1 and all(f"{name}: " in err for name in CATEGORIES)
-    assert leaks.main(["--captions", files[1], "--data", f"fashioniq={SAMPLES / 'fashioniq'}"]) == 2
+    assert code("--captions", files[1], "--data", f"fashioniq={SAMPLES / 'fashioniq'}") == 2
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("shirt: 2038 queries, 6346 candidates, 2038 of them with text_guidance")
 
@@ -463,4 +463,13 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def run(root: Path, *argv: object) -> int:
-    return leaks.main(["--data", f"fashioniq={root}", "--captions", *map(str, argv)])
+    return code("--data", f"fashioniq={root}", "--captions", *argv)
+
+
+def code(*argv: object) -> int:
+    """As the command: complaints on stderr, and the exit code."""
+    try:
+        training.run(lambda: leaks.main([*map(str, argv)]))
+    except SystemExit as ended:
+        return ended.code
+    return 0

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -9,12 +10,23 @@ class UserError(Exception):
     """What the user asked for cannot be done as asked: the scripts print it as one line and exit with code 2."""
 
 
+def module() -> str | None:
+    """The name of what runs as `python -m NAME`, None of a script."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec and spec.name
+
+
+def program() -> str:
+    """What complaints begin with: "eval.retrieval", "train_phase1.py"."""
+    return module() or Path(sys.argv[0]).name
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but flags are written out, and its complaint is one line like every other, without the usage before it."""
 
     def __init__(self, **kwargs) -> None:
-        if spec := getattr(sys.modules["__main__"], "__spec__", None):  # as Python does it from 3.14 on
-            kwargs.setdefault("prog", f"python -m {spec.name}")
+        if name := module():  # as Python does it from 3.14 on
+            kwargs.setdefault("prog", f"python -m {name}")
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:

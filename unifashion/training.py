@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unifashion import UserError, parallel
+from unifashion import UserError, parallel, program
 from unifashion.config import PRESETS
 from unifashion.data import read_json, toy
 
@@ -193,7 +193,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:  # from a DataLoader's worker it comes with the worker's traceback before it
         told = str(error).strip().splitlines()[-1].removeprefix("unifashion.UserError: ")
-        parallel.print_error_once(f"{Path(sys.argv[0]).name}: {told}")
+        parallel.print_error_once(f"{program()}: {told}")
         sys.exit(2)
     except RuntimeError:  # of several processes one is gone, and has said why
         if not parallel.another_failed():
@@ -203,10 +203,10 @@ def run(main: Callable[[], None]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         told = "the disk is full. What was saved before is whole"
-        parallel.print_error_once(f"{Path(sys.argv[0]).name}: {told}")
+        parallel.print_error_once(f"{program()}: {told}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+        print(f"{program()}: stopped", file=sys.stderr)
         sys.exit(130)
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of what follows

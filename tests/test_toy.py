@@ -293,6 +293,17 @@ def test_an_interrupted_drawing_leaves_no_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_drawing_that_is_told_to_end_leaves_no_folder(tmp_path):
+    command = [sys.executable, "-m", "unifashion.data.toy", "--out", str(tmp_path / "toy"), "--quiet"]
+    drawing = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while not (found := list(tmp_path.glob("*/*/*/*/*.jpg"))) and drawing.poll() is None:
+        time.sleep(0.1)
+    drawing.terminate()
+    _, told = drawing.communicate(timeout=60)
+    assert found and drawing.returncode == 143 and told == b""
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["fashiongen", "fashioniq"])
 def test_the_parts_show_in_val_and_test_the_worlds_garments_with_the_truth_in_words(world, name):
     shown = READ[name](world)

@@ -29,6 +29,7 @@ Worlds of version 1 that were drawn before fashiongen/, fashioniq/, its captions
 import json
 import os
 import shutil
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -234,10 +235,14 @@ def ensure(
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
     try:
         with ProcessPoolExecutor(max(1, workers)) as pool:
-            results = pool.map(write_item, jobs, chunksize=16)
-            results = tqdm(results, "drawing ToyFashion", len(jobs), disable=quiet)
-            for job, row in zip(jobs, results, strict=True):
-                rows[job[3]].append(row)
+            try:
+                results = pool.map(write_item, jobs, chunksize=16)
+                results = tqdm(results, "drawing ToyFashion", len(jobs), disable=quiet)
+                for job, row in zip(jobs, results, strict=True):
+                    rows[job[3]].append(row)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         write_tables(temporary, rows)
         (temporary / "toy.json").write_text(json.dumps(settings))
         add_parts(temporary, quiet, workers)
@@ -278,4 +283,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what was drawn so far is removed
     main()

@@ -65,6 +65,7 @@ from unifashion.data.fashioniq import FashionIQ
 from unifashion.data.readers import in_toy
 from unifashion.model import UniFashion
 from unifashion.search import composed_scores, image_to_image, text_to_text
+from unifashion.seen import world_of
 from unifashion.tokenizers import WordPiece
 from weights.load import learned_file
 
@@ -277,7 +278,8 @@ def main(argv: list[str] | None = None) -> None:
     results = judge_all(found, pools, seen)
 
     report = about_run("eval.composed", argv, args, model, began)
-    report |= {"toyfashion": read_json(world / "toy.json")} if world else {}
+    drawn = world_of(folder)  # in the layout of Fashion-IQ, too
+    report |= {"toyfashion": read_json(drawn / "toy.json")} if drawn else {}
     report |= {
         "split": split,
         "queries": {pool.name: len(pool.rows) for pool in pools},
@@ -301,6 +303,10 @@ def main(argv: list[str] | None = None) -> None:
     for kind, result in results.items():
         print(f"\n{kind} pools" * (not world) + table(result, paper=world is None and kind == ORIGINAL))
     print(PROTOCOL if world else PROTOCOL_OF_THE_PAPER)
+    if drawn and not world:
+        print(
+            "These pictures are drawn: they say nothing about photographs, and the paper's rows are of others."
+        )
     if args.out:
         first, *others = results
         of_others = {"other pools": {kind: results[kind] for kind in others}} if others else {}

@@ -2,7 +2,7 @@
 
     full gallery    every text against all pictures, and every picture against all texts (FAME-ViL's r@k_general)
     random-100      1000 texts, then 1000 pictures, drawn by lot, each against a right answer and 100 wrong ones of the same
-                    sub-category, all drawn by lot, too; five times (FAME-ViL's r@k_kaleido)
+                    sub-category (where it has fewer, others fill up), all drawn by lot, too; five times (FAME-ViL's r@k_kaleido)
 
 A text is answered by any picture of its product, a picture by its product's text. A tie is a miss. Scores are float32 and
 never all there at once: a block of queries is ranked, then the next.

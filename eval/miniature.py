@@ -80,12 +80,15 @@ VARIANTS = {  # the rows of Table 5: tasks, and what Eq. 13 is left without
 
 
 def jobs_of(seed: int) -> dict[str, list[str]]:
-    """{job: those that must be done before}"""
+    """{job: those that must be done before}, those that take longest first: so no core waits for the last of them."""
     s = f"seed{seed}"
+    longest_first = [*reversed(VARIANTS)]
     jobs = {f"{s}/align": [], f"{s}/caption": [f"{s}/align"]}
     jobs |= {f"{s}/generate": [f"{s}/caption"], f"{s}/annotate": [f"{s}/caption"]}
-    jobs |= {f"{s}/{name}": [f"{s}/generate", f"{s}/annotate"] for name in VARIANTS}
-    measured = {f"{s}/{name}/measure": [f"{s}/{name}", f"{s}/annotate"] for name in ("generate", *VARIANTS)}
+    jobs |= {f"{s}/{name}": [f"{s}/generate", f"{s}/annotate"] for name in longest_first}
+    measured = {
+        f"{s}/{name}/measure": [f"{s}/{name}", f"{s}/annotate"] for name in (*longest_first, "generate")
+    }
     return jobs | measured
 
 

@@ -53,8 +53,8 @@ from unifashion.data.readers import in_toy
 from weights.load import FOLDERS, LEARNED
 
 SEEDS = (0, 1, 2)
-STEPS = {"align": 1000, "caption": 1000, "generate": 1000}  # phase 1
-TASK_STEPS = {"retrieval": 200, "cir": 600, "caption": 400, "tryon": 900}  # phase 2
+STEPS = {"align": 600, "caption": 700, "generate": 500}  # phase 1
+TASK_STEPS = {"retrieval": 100, "cir": 350, "caption": 200, "tryon": 500}
 EVALUATIONS = ("retrieval", "composed", "captioning", "generation")
 DEFAULTS = {
     "search": Path("data/toy-search"),

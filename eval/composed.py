@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval import guard, leaks
-from eval.embed import cut_texts, embed_composed, embed_pictures, embed_texts
+from eval.embed import cut_texts, embed_composed, embed_pictures, embed_texts, read_pictures
 from eval.leaks import Leak
 from eval.metrics.recall import ranks
 from eval.pools import (
@@ -92,6 +92,7 @@ Figure = list[float | None]
 # What the model says
 
 
+@torch.no_grad()
 def search(
     model: UniFashion, words: WordPiece, data: FashionIQ, pool: Pool, captions: list[str] | None, args: argparse.Namespace,
     fingerprint: Fingerprint,
@@ -100,14 +101,11 @@ def search(
     size, quiet = args.batch_size, args.quiet
     references, texts = [row.reference for row in pool.rows], pool.texts
 
-    def reference(i: int) -> Image.Image:
-        return data.open(references[i])
+    def seen(piece: range) -> Tensor:
+        return model.see(read_pictures(model, lambda i: data.open(references[i]), piece))
 
-    def white(i: int) -> Image.Image:
-        return Image.new("RGB", (256, 256), "white")
-
-    def embed(of: list[str], what: str, open_: Callable[[int], Image.Image] = reference) -> Tensor:
-        return embed_composed(model, words, open_, of, size, f"{pool.name}, {what}", quiet)
+    def embed(see: Callable[[range], Tensor], ways: list[list[str]], what: str) -> list[Tensor]:
+        return embed_composed(model, words, see, ways, size, f"{pool.name}, {what}", quiet)
 
     images = embed_pictures(
         model,
@@ -119,18 +117,20 @@ def search(
     )
     fingerprint.add([pool.ids, [[row.reference, row.target, *row.captions] for row in pool.rows], captions])
     z_c = None if captions is None else embed_texts(model, words, captions, size)
-    e_cls = embed(texts, "queries")
     place = {name: i for i, name in enumerate(pool.ids)}
     others = [texts[i] for i in shuffled(range(len(texts)), args.seed)]
+    e_cls, of_empty, of_others = embed(seen, [texts, [""] * len(texts), others], "queries")
+    white = model.see(read_pictures(model, lambda _: Image.new("RGB", (256, 256), "white"), range(1)))
+    (of_white,) = embed(lambda piece: white.expand(len(piece), -1, -1), [texts], WHITE)
     scores = {COMPOSED: composed_scores(e_cls, images, z_c)}
     if z_c is not None:
         scores |= {NO_CAPTIONS: composed_scores(e_cls, images), NO_IMAGES: text_to_text(e_cls, z_c)}
     scores |= {
         PICTURE: image_to_image(images[[place[name] for name in references]], images),
-        EMPTY: composed_scores(embed([""] * len(texts), EMPTY), images, z_c),
+        EMPTY: composed_scores(of_empty, images, z_c),
         TEXT: composed_scores(embed_texts(model, words, texts, size), images, z_c),
-        WHITE: composed_scores(embed(texts, WHITE, white), images, z_c),
-        SHUFFLED: composed_scores(embed(others, SHUFFLED), images, z_c),
+        WHITE: composed_scores(of_white, images, z_c),
+        SHUFFLED: composed_scores(of_others, images, z_c),
     }
     scores = {row: of.cpu() for row, of in scores.items()}
     return {

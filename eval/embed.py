@@ -36,17 +36,20 @@ def embed_texts(model: UniFashion, words: WordPiece, texts: list[str], batch: in
 
 @torch.no_grad()
 def embed_composed(
-    model: UniFashion, words: WordPiece, open_: Callable[[int], Image.Image], texts: list[str], batch: int,
+    model: UniFashion, words: WordPiece, see: Callable[[range], Tensor], ways: Sequence[list[str]], batch: int,
     name: str, quiet: bool,
-) -> Tensor:  # fmt: skip
-    """e_cls (b,256) of each reference, which `open_` opens by its number, with its text."""
-    made = []
-    for piece in batches(len(texts), batch, name, quiet):
-        pictures = read_pictures(model, open_, piece)
-        made.append(
-            composed_embeddings(model, pictures, *read_texts(model, words, [texts[i] for i in piece]))
-        )
-    return checked(torch.cat(made))
+) -> list[Tensor]:  # fmt: skip
+    """
+    For each of `ways`, texts of all references, e_cls (b,256) of every reference with its text. `see` looks at a batch of
+    references, by their numbers -> features (b,257,1408): once for all ways, since the ViT is most of the work.
+    """
+    made: list[list[Tensor]] = [[] for _ in ways]
+    for piece in batches(len(ways[0]), batch, name, quiet):
+        features = see(piece)
+        for of, texts in zip(made, ways, strict=True):
+            read = read_texts(model, words, [texts[i] for i in piece])
+            of.append(composed_embeddings(model, features, *read))
+    return [checked(torch.cat(of)) for of in made]
 
 
 def read_pictures(model: UniFashion, open_: Callable[[int], Image.Image], piece: Sequence[int]) -> Tensor:

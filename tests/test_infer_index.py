@@ -415,7 +415,7 @@ def test_what_is_found_is_the_order_of_the_scores(room: Path, capsys):
     text, seen, e_cls = (
         search.text_embeddings(model, ids, mask).half().float(),
         search.image_embeddings(model, picture).half().float(),
-        search.composed_embeddings(model, picture, ids, mask).half().float(),
+        search.composed_embeddings(model, model.see(picture), ids, mask).half().float(),
     )
     found = Catalog(room / "cat")
     wanted = {

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -129,6 +130,8 @@ def test_the_jobs_of_a_killed_parent_end_and_hold_the_lock_until_then(tmp_path):
     with pytest.raises(UserError, match="seed0 is in use"), jobs.locked(tmp_path / "seed0"):
         pass
     os.kill(child, signal.SIGSTOP)  # it is about to end, but has not
+    while Path(f"/proc/{child}/stat").read_text().split()[2] != "T":  # on a busy machine the signal waits for its turn
+        time.sleep(0.01)
     parent.kill()
     parent.wait()
     with pytest.raises(UserError, match="seed0 is in use"), jobs.locked(tmp_path / "seed0"):
@@ -152,7 +155,7 @@ def test_a_folder_that_was_begun_with_other_settings_is_refused(tmp_path, monkey
     with pytest.raises(UserError, match="was begun with dtype float32, not bfloat16: ask for the same"):
         miniature.agree(Namespace(**vars(args) | {"dtype": "bf16"}))
     monkeypatch.setitem(miniature.STEPS, "align", 7)
-    with pytest.raises(UserError, match="begun with steps of phase 1 {'align': 1000, .*, not {'align': 7"):
+    with pytest.raises(UserError, match="begun with steps of phase 1 {'align': 600, .*, not {'align': 7"):
         miniature.agree(args)
     monkeypatch.undo()
     (tmp_path / "search/toy.json").write_text(json.dumps({"seed": 1}))
@@ -194,7 +197,7 @@ def test_the_report_says_how_it_came_about(tmp_path, results):
     state.write_text('{"commit": "b"}')
     told = miniature.about(args, results)
     assert told["command"] == "`python -m eval.miniature --data toy=w --dtype bf16`"
-    assert "align 1000" in told["steps"]
+    assert "align 600" in told["steps"]
     (tmp_path / "settings.json").write_text(
         '{"steps of phase 1": {"align": 7}, "steps of phase 2": {"cir": 9}}'
     )

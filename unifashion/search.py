@@ -48,9 +48,9 @@ def text_embeddings(model: UniFashion, ids: Tensor, mask: Tensor) -> Tensor:
     return model.qformer.embed_text(text)
 
 
-def composed_embeddings(model: UniFashion, pictures: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Eq. 9: reference pictures, each with what is to be changed -> e_cls, unit vectors (b,256)."""
-    _, text = model.qformer(model.see(pictures), ids, mask)
+def composed_embeddings(model: UniFashion, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Eq. 9: features (b,257,1408) of reference pictures, from `model.see`, each with what is to be changed -> e_cls, unit vectors (b,256)."""
+    _, text = model.qformer(features, ids, mask)
     return model.qformer.embed_text(text)
 
 
@@ -71,7 +71,7 @@ def query_embedding(
     elif picture is None:
         query = text_embeddings(model, ids, mask)
     else:
-        query = composed_embeddings(model, picture, ids, mask)
+        query = composed_embeddings(model, model.see(picture), ids, mask)
     if not query.isfinite().all():
         raise UserError("the numbers overflow: a file of weights is damaged")
     return query[0]

@@ -68,10 +68,7 @@ VARIANTS = {  # the rows of Table 5: tasks, and what Eq. 13 is left without
     "base": (("retrieval", "cir"), "itg,q2i,caption"),
     "llm": (("retrieval", "cir", "caption"), "q2i,caption"),
     "llm-cap": (("retrieval", "cir", "caption"), "q2i"),
-    "q2i": (
-        ("retrieval", "cir", "caption"),
-        "",
-    ),  # not a row of the paper's: Eq. 12 by itself, without try-on's steps
+    "q2i": (("retrieval", "cir", "caption"), ""),  # not the paper's: Eq. 12 without try-on's steps
     "diff": (("retrieval", "cir", "caption", "tryon"), ""),
 }
 
@@ -190,6 +187,11 @@ def weights_of(run: Path) -> Path:
     return folder
 
 
+def measured_of(run: str) -> set[str]:
+    """What `measure` makes of a run."""
+    return {e for e in EVALUATIONS if e != "generation" or "tryon" in VARIANTS.get(run, ((),))[0]}
+
+
 def measure(run: Path, home: Path, args: argparse.Namespace) -> None:
     """RUN/retrieval.json, composed.json, captioning.json, and where it was trained to draw generation.json: what is not there."""
     common = ["--weights", str(weights_of(run)), "--device", args.device, "--dtype", "fp32", "--quiet"]
@@ -199,7 +201,7 @@ def measure(run: Path, home: Path, args: argparse.Namespace) -> None:
         "composed": (composed.main, [*searched, "--captions", str(home / "searched.jsonl")]),
         "captioning": (captioning.main, [*drawn, "--styles", "fashiongen"]),
     }
-    if "tryon" in VARIANTS.get(run.name, ((),))[0]:
+    if "generation" in measured_of(run.name):
         flags = [
             "--samples",
             "200",
@@ -327,7 +329,18 @@ def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
         for on in ("cpu", "cuda")
     )  # fmt: skip
     spent = [f"{cpu:.1f} hours of one core"] * (cpu > 0) + [f"{gpu:.1f} hours of jobs on the GPU"] * (gpu > 0)
-    told = [of for runs in results.values() for run in runs.values() for of in run.values()]
+    told = [
+        (f"seed{k}/{run}", of) for k, runs in results.items() for run in runs for of in runs[run].values()
+    ]
+    verdicts: dict[str, dict[str, None]] = {}
+    for run, of in told:
+        verdicts.setdefault(of["verdict"], {})[run] = None
+    absent = [
+        f"seed{k}/{run}"
+        for k, runs in results.items()
+        for run in tables.NAMES
+        if set(runs.get(run, ())) != measured_of(run)
+    ]
     trained = [
         args.out / f"seed{seed}" / run / "last/state.json" for seed in results for run in results[seed]
     ]
@@ -340,18 +353,21 @@ def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
     device = training.pick_device(args.device)
     here = speed.machine(device, training.compute_dtype(device, args.dtype))
     machines = sorted({row["machine"] for row in took if "machine" in row})
-    commits = {of["commit"] for of in told} | {read_json(f)["commit"] for f in trained if f.is_file()}
+    commits = {of["commit"] for _, of in told} | {read_json(f)["commit"] for f in trained if f.is_file()}
     return {
         "command": f"`{command_of(args)}`",
         "commit": ", ".join(sorted(commits)),
         "machine": "; ".join(machines) or f"not noted; told on {here}",
         "time": f"at least {' and '.join(spent)}, in {len({row['job'] for row in took})} jobs",
-        "seeds": ", ".join(map(str, results)),
+        "seeds": ", ".join(map(str, results)) + f"; not yet measured: {', '.join(absent)}" * bool(absent),
         "steps": "; ".join(
             f"phase {i}: " + ", ".join(f"{k} {v}" for k, v in steps.items())
             for i, steps in enumerate((asked["steps of phase 1"], asked["steps of phase 2"]), 1)
         ),
-        "verdict of the leak guard": "; ".join(sorted({of["verdict"] for of in told})),
+        "verdict of the leak guard": ". ".join(
+            verdict + f" ({', '.join(runs)})" * (len(verdicts) > 1)
+            for verdict, runs in sorted(verdicts.items())
+        ),
         "each run's own report": f"{args.out}/seedN/RUN/*.json: command, protocol, hashes of data and Q-Former, intervals over cases",
     }
 

@@ -62,8 +62,8 @@ class Case(NamedTuple):
 # What is captioned
 
 
-def draw(products: Sequence[str], samples: int, seed: int) -> list[int]:
-    """The product of each picture -> indices: one picture each of `samples` products, or of all, in random order.
+def draw(products: Sequence[str], samples: int | None, seed: int) -> list[int]:
+    """The product of each picture -> indices: one picture each of `samples` products, or of all (None), in random order.
 
     Data sets with as many pictures of the same products, whatever they call them, give the same.
     """
@@ -228,7 +228,8 @@ def check_arguments(args: argparse.Namespace, name: str) -> None:
         raise UserError(
             "FashionGen has the split val and captions of its own style: leave --split and --styles out"
         )
-    if args.samples < 2 or args.batch_size < 1 or args.show < 0:
+    few = args.samples is not None and args.samples < 2
+    if few or args.batch_size < 1 or args.show < 0:
         raise UserError("--samples must be at least 2, --batch-size at least 1, --show 0 or more")
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}, must be 0 or more")
@@ -250,8 +251,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--samples",
         type=int,
-        default=500,
-        help="pictures (default %(default)s, or all products of a smaller split)",
+        help="pictures, each of another product (default: of toy 500, of fashiongen all products)",
     )
     add("--styles", nargs="+", choices=list(READERS), help="of toy (default: all three)")
     add("--beams", type=int, default=1, help="1 is greedy (default %(default)s)")
@@ -305,7 +305,8 @@ def main(argv: list[str] | None = None) -> None:
     data = {style: READERS[style](folder, split) for style, folder in folders.items()}
     if name == "fashiongen":
         check_rows(data[name], world_of(path))
-    picks = {style: draw(part.products, args.samples, args.seed) for style, part in data.items()}
+    samples = 500 if args.samples is None and name == "toy" else args.samples
+    picks = {style: draw(part.products, samples, args.seed) for style, part in data.items()}
     if min(map(len, picks.values())) < 2:
         raise UserError(f"{args.data}: the split {split} has fewer than 2 products")
     if name == "toy":

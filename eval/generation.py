@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         "vitonhd",
         [],
         split,
-        settings=guard.SETTINGS[args.preset],
+        settings=guard.chosen_on(args.preset, args.guidance),
     )
     fingerprint = Fingerprint()
     for i in range(len(cases)):

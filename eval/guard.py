@@ -6,8 +6,12 @@
 
 Three questions. Were captions that help a search written without the queries at hand (`eval.leaks`)? Has training seen what is
 evaluated, as the model's file records it (`unifashion.seen`)? And was anything chosen, a checkpoint or a setting, on the
-split that is reported? What training has seen of ToyFashion is also known without a record, by `toy.split_of`, and there it is
-not told but refused: another world is drawn in minutes.
+split that is reported? What training has seen of ToyFashion is also known without a record, since `toy.split_of` gives a
+combination of attributes to the same split of every world, and there it is not told but refused: another world is drawn in minutes.
+
+What the guard cannot see: the same picture under another id, or in another data set; what the public files (EVA-CLIP, BLIP-2, Vicuna,
+Stable Diffusion) were trained on; what a captioner was trained on, whose name alone is reported; that somebody looked at the reported
+figures and then changed a setting that has no flag, or kept the better of two runs; a leak into few captions, or in other words.
 """
 
 from collections.abc import Sequence
@@ -16,12 +20,13 @@ from pathlib import Path
 
 from eval.leaks import FOUND_CANDIDATES, Leak
 from unifashion import UserError
+from unifashion.config import PRESETS
 from unifashion.data import toy
 from unifashion.data.toy import Garment
 from unifashion.seen import Record, combination, read_record, world_of
 
 # On what the presets' settings were chosen (weights/tiny/README.md); nobody has chosen FULL's.
-SETTINGS = {"tiny": {"guidance": "toy val"}, "full": {}}
+SETTINGS: dict[str, dict[str, str | None]] = {"tiny": {"guidance": "toy val"}, "full": {}}
 NO_MODEL = "of the model that made it nothing is known"
 NO_RECORD = "the model file does not say what it was trained on"
 NOT_WHOLE = "the model file does not say all that it was trained on"
@@ -51,14 +56,14 @@ def verdict(
     ids: Sequence[str],
     split: str,
     captions: dict[str, Leak] | None = None,
-    settings: dict[str, str] | None = None,
+    settings: dict[str, str | None] | None = None,
 ) -> Verdict:
     """
     model      its model.safetensors; None where only what it made is known
     root       where the evaluated data set is; part of a ToyFashion, its split's garments are what is looked at
     namespace  the data set's, of `unifashion.seen`, and ids of all in it that is evaluated
     captions   of each pool that is searched by captions what `leaks.check` found
-    settings   of each that was chosen, on what: {"guidance": "toy val"}
+    settings   of each that was chosen, on what: {"guidance": "toy val"}; None if nobody knows
 
     Raises UserError for garments of ToyFashion that training has seen.
     """
@@ -97,7 +102,7 @@ def of_training(record: Record, namespace: str, items: Sequence[str]) -> Finding
             raise UserError(
                 f"{seen} of {len(items)} garments have a combination of attributes that the model's record names: this is no test"
             )
-        return [], []
+        return [], []  # nor is it unknown without a record
     known = f"{seen} of {len(items)} items of {namespace} are in the training data"
     if namespace == "fashioniq" and seen:
         known += " (Fashion-IQ itself shows 143 of val's targets in train, under other categories' triplets)"
@@ -105,9 +110,15 @@ def of_training(record: Record, namespace: str, items: Sequence[str]) -> Finding
     return [known] * bool(seen), [unknown] * (not record.whole)
 
 
-def of_selection(record: Record, settings: dict[str, str], reported: str) -> Findings:
+def chosen_on(preset: str, guidance: float) -> dict[str, str | None]:
+    """`verdict`'s settings: the preset's guidance, or one that was given by hand."""
+    return SETTINGS[preset] if guidance == PRESETS[preset].guidance else {"guidance": None}
+
+
+def of_selection(record: Record, settings: dict[str, str | None], reported: str) -> Findings:
     chosen = [("checkpoint", on) for on in record.chosen] + list(settings.items())
     against = [
         f"{what} was chosen on {on}, which is what is reported" for what, on in chosen if on == reported
     ]
-    return against, [NOT_CHOSEN] * (not record.chosen)
+    by_hand = [f"{what} was given by hand, chosen on what is not told" for what, on in chosen if on is None]
+    return against, [NOT_CHOSEN] * (not record.chosen) + by_hand

@@ -275,7 +275,7 @@ TABLES = (
         table3,
         "The paper's: try-on FID 8.42, KID .67; design 12.43, 3.74, CLIP-S 31.29. Here the truth is known, the same person drawn in "
         "the other garment; Fréchet distance and KID x 1000 are of the judge's features (`eval.generation`), not Inception's. They see "
-        "whether pictures look drawn by the same hand, not whether they show what was asked for: the person unchanged is best. Whether "
+        "whether pictures look drawn by the same hand, not whether they show what was asked for: even the person unchanged looks right to them. Whether "
         "the garment is right is told by colour, attributes, IoU and PSNR.",
     ),
     (

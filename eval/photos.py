@@ -283,7 +283,9 @@ def evaluate(
     wrong = {k: [asked[k].texts[i] for i in order] for k, order in wrong.items()}
     model_file = learned_file(args.preset, args.weights) if args.keep else None
     ids = sorted({name for of in asked.values() for pair in of.pairs for name in pair})
-    verdict = guard.verdict(model_file, path, "vitonhd", ids, split, settings=guard.SETTINGS[args.preset])
+    verdict = guard.verdict(
+        model_file, path, "vitonhd", ids, split, settings=guard.chosen_on(args.preset, args.guidance)
+    )
     to_make = {**asked, "shuffled": others(asked, args.seed)} if args.keep else {}
     networks = load_networks(name)
     device = training.pick_device(args.device)

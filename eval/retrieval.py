@@ -167,8 +167,10 @@ def gallery_table(figures: dict[str, Figures], pictures: int, products: int, dra
             f"full gallery, protocol of ours and FAME-ViL's: all {products} texts and all {pictures} pictures; a text finds any picture "
             "of its product, a picture its product's text.",
             f"random-100, protocol of ours and FAME-ViL's: {QUERIES} queries drawn by lot, each among 1 right answer and {NEGATIVES} wrong "
-            f"ones of its sub-category (where it has fewer, others fill up), the mean of {DRAWS} draws. Ties are misses; FAME-ViL's are not seeded.",
-            "UniFashion's: fixed blocks of 100 rows, in a file that was never published. So it cannot be measured here, and its "
+            f"ones of its sub-category (where it has fewer, others fill up), the mean of {DRAWS} draws. Ties are misses here; "
+            "FAME-ViL takes the order that topk gives them, and its draws are not seeded.",
+            "UniFashion's: 100 random candidates of the same category, as the paper has it; in its code fixed blocks of 100 rows, in a "
+            "file that was never published. So it cannot be measured here, and its "
             "row, of 100 candidates, is not of this test.",
             *[
                 "These pictures are drawn: they say nothing about photographs, and the published rows are of others."

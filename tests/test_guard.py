@@ -74,6 +74,9 @@ def test_what_was_chosen_on_the_reported_split_is_caught(tmp_path):
     told = str(verdict(model, tmp_path, "vitonhd", ["b"], "test", settings=settings))
     assert told == "NOT CLEAN: guidance was chosen on vitonhd test, which is what is reported"
     assert str(verdict(model, tmp_path, "vitonhd", ["b"], "val", settings=settings)) == "clean"
+    by_hand = guard.chosen_on("tiny", 4.5)  # on what, nobody knows
+    told = str(verdict(model, tmp_path, "vitonhd", ["b"], "test", settings=by_hand))
+    assert told == "unknown: guidance was given by hand, chosen on what is not told"
 
 
 def test_what_is_not_recorded_is_unknown_and_what_is_known_is_told_all_the_same(tmp_path):
@@ -224,7 +227,7 @@ def test_leaky_captions_that_are_allowed_are_told(guided, evaluate, weights, wor
 
 def test_a_guidance_that_was_chosen_on_val_is_told_there(evaluate, weights):
     """The preset's is: on test that is clean, on val it is not."""
-    assert PRESETS["tiny"].guidance and guard.SETTINGS["tiny"] == {"guidance": "toy val"}
+    assert guard.chosen_on("tiny", PRESETS["tiny"].guidance) == {"guidance": "toy val"}
     with pytest.raises(UserError, match="settings are chosen on val and reported on test"):
         evaluate("generation", "--split", "test", "--guidances", "1,2")
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from eval import guard, leaks
 from eval.embed import cut_texts, embed_composed, embed_pictures, embed_texts, read_pictures
 from eval.leaks import Leak
-from eval.metrics.recall import ranks
+from eval.metrics.recall import hits, ranks
 from eval.pools import (
     ORIGINAL,
     VAL,
@@ -146,8 +146,7 @@ def search(
 
 def recalls(ranked: Tensor) -> np.ndarray:
     """ranks (b,) -> (1+times,3): R@10, R@50 and their mean in %, of all queries, then of as many drawn with replacement."""
-    hits = torch.stack([ranked <= k for k in AT], 1).double().numpy()
-    both = 100 * resampled(hits) / len(hits)
+    both = 100 * resampled(hits(ranked, AT).numpy()) / len(ranked)
     return np.concatenate([both, both.mean(1, keepdims=True)], 1)
 
 

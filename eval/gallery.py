@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.metrics.recall import ranks
+from eval.metrics.recall import hits, ranks
 from eval.report import chance, interval, resampled, shuffled
 from unifashion import UserError
 from unifashion.data import toy
@@ -89,10 +89,10 @@ def full_figures(g: Gallery, seed: int) -> Figures:
 def _of_products(
     of_texts: Tensor, of_images: Tensor, product: Tensor, views: Tensor
 ) -> dict[str, list[float]]:
-    hits = [torch.stack([r <= k for k in AT], 1).double() for r in (of_texts, of_images)]
-    of_views = torch.zeros(len(views), len(AT), dtype=torch.float64).index_add_(0, product, hits[1])
+    text_hits, image_hits = hits(of_texts, AT), hits(of_images, AT)
+    of_views = torch.zeros(len(views), len(AT), dtype=torch.float64).index_add_(0, product, image_hits)
     counts = torch.stack([torch.ones(len(views)), views], 1)
-    sums = resampled(torch.cat([hits[0], of_views, counts], 1).numpy())
+    sums = resampled(torch.cat([text_hits, of_views, counts], 1).numpy())
     k = len(AT)
     percent = 100 * np.concatenate([sums[:, :k] / sums[:, -2:-1], sums[:, k : 2 * k] / sums[:, -1:]], 1)
     return _intervals(percent)
@@ -161,11 +161,11 @@ def among_figures(g: Gallery, seed: int) -> Figures:
     of = {row: [among(gallery, way, seed) for way in WAYS] for row, gallery in found.items()}
     figures, spread = {}, []
     for row, ways in of.items():
-        hits = [torch.stack([r <= k for k in AT], -1).double() for r, _, _ in ways]  # (draws,b,3)
-        shares = [_shares(h, asked) for h, (_, _, asked) in zip(hits, ways, strict=True)]
+        of_ways = [hits(r, AT) for r, _, _ in ways]  # (draws,b,3)
+        shares = [_shares(h, asked) for h, (_, _, asked) in zip(of_ways, ways, strict=True)]
         figures[row] = _intervals(np.concatenate(shares, 1))
         if row == "ours":
-            each = 100 * torch.cat([h.mean(1) for h in hits], 1)  # (draws,6)
+            each = 100 * torch.cat([h.mean(1) for h in of_ways], 1)  # (draws,6)
             spread = torch.cat([each, each.mean(1, keepdim=True)], 1).std(0).tolist()
     sizes = [size.double() for _, size, _ in of["ours"]]
     lucky = [100 * (k / n).clamp(max=1).mean().item() for n in sizes for k in AT]
@@ -178,10 +178,10 @@ def among_figures(g: Gallery, seed: int) -> Figures:
     }
 
 
-def _shares(hits: Tensor, asked: Tensor) -> np.ndarray:
-    """hits (draws,b,3) of the queries `asked` (draws,b), some of them drawn more than once -> (1+times,3) in %"""
+def _shares(found: Tensor, asked: Tensor) -> np.ndarray:
+    """found (draws,b,3), `hits` of the queries `asked` (draws,b), some of them drawn more than once -> (1+times,3) in %"""
     _, of = asked.flatten().unique(return_inverse=True)
-    told = torch.cat([hits, torch.ones_like(hits[..., :1])], -1).flatten(0, 1)
+    told = torch.cat([found, torch.ones_like(found[..., :1])], -1).flatten(0, 1)
     sums = resampled(torch.zeros(int(of.max()) + 1, 4, dtype=told.dtype).index_add_(0, of, told).numpy())
     return 100 * sums[:, :3] / sums[:, 3:]
 

@@ -143,7 +143,7 @@ def check(rows: list[dict], queries: list[tuple[str, str]], pool: list[str], all
                 guided.add(name)
     if not any(texts.values()):
         raise UserError(f"the captions are of none of the {len(pool)} candidates")
-    pool = [name for name in pool if "".join(texts[name]).strip()]  # of others nothing is said
+    pool = [name for name in pool if words(" ".join(texts[name]))]  # of others nothing is said
     captions = [words(" ".join(texts[name])) for name in pool]
     place = {name: i for i, name in enumerate(pool)}
     asked = [(words(text), place[target]) for text, target in queries if target in place]

@@ -1,8 +1,8 @@
 """Try-on on VITON-HD and design on MGD's annotations: how far made pictures are from real ones, and from their texts.
 
     FID         to the persons' photographs; beside it what two halves of these are apart, its floor
-    KID x1000   of all pictures, by pairs (`eval.metrics.fid.kid_of_pairs`), with its interval; then mean and deviation of
-                random subsets, which is what papers print
+    KID x1000   of all pictures; then without a picture's own pair (`eval.metrics.fid.kid_of_pairs`), with its interval; then
+                mean and deviation of random subsets, which is what papers print
     CLIP-S      of MGD: to the text that was asked for, torchmetrics' convention, with its interval
 
 Two settings: paired, where each person is to wear what is worn already, and unpaired, where it is another's: the paper's
@@ -78,7 +78,7 @@ PAPER = {  # Table 3, unpaired: FID, KID x1000, CLIP-S
 }
 PROTOCOL = """protocol of ours: reference: {persons} of {split}; pictures are seen at their own size, of ours their person's, to which they
 are enlarged (bicubic); clean-fid's resize; TensorFlow's Inception of 2015; with repaint: outside the mask the person's own pixels;
-KID of all pictures, no picture against its own pair, and {subsets} subsets of {size}, seed 2020; CLIP-S: 100 cos, CLIP ViT-L/14, the
+KID of all pictures, the same with no picture against its own pair, and of {subsets} subsets of {size}, seed 2020; CLIP-S: 100 cos, CLIP ViT-L/14, the
 middle square of the picture, the text's first 77 tokens{drawn}"""
 PROTOCOL_OF_THE_PAPER = """protocol of the paper: unpaired, 512x384, CLIP-S by torchmetrics; it tells neither library nor resize of FID, nor the reference, nor
 whether it repaints, and its code computes none of them. The same StableVITON has a FID of 8.20 to 9.59 in four papers."""
@@ -234,7 +234,7 @@ def table(name: str, pairing: str, rows: dict[str, dict[str, Figure]], paper: bo
     ]
     if paper and pairing == "unpaired":
         for row, of in PAPER[name].items():
-            cells = [f"{of[0]:.2f}", "", f"{of[1]:.2f}", f"{of[2]:.2f}" if len(of) > 2 else "-"]
+            cells = [f"{of[0]:.2f}", "", "", f"{of[1]:.2f}", f"{of[2]:.2f}" if len(of) > 2 else "-"]
             lines.append(f"{f'{row}, Table 3':<42}" + "".join(f"{x:>26}" for x in cells))
     return "\n".join(lines)
 
@@ -318,9 +318,9 @@ def tell(
 ) -> None:  # fmt: skip
     """Print the report, and write it to --out."""
     n, whole = len(asked["paired"].of), len(asked["paired"].data)
-    world = path.parent / "toy.json"
-    drawn = world.is_file()
-    report = about | ({"toyfashion": read_json(world)} if drawn else {})
+    world = world_of(path)
+    drawn = world is not None
+    report = about | ({"toyfashion": read_json(world / "toy.json")} if drawn else {})
     report |= {
         "data": f"{name}={path}",
         "split": split,

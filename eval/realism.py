@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from eval.folders import openers
-from eval.metrics.clip_score import pair_scores
-from eval.metrics.fid import features, fid, fid_floor, kid_interval, kid_of_pairs, kid_subsets
+from eval.metrics.clip_score import clip_s, pair_scores
+from eval.metrics.fid import features, fid, fid_floor, kid, kid_interval, kid_of_pairs, kid_subsets
 from eval.metrics.inception import InceptionV3
 from eval.report import interval, resampled
 from unifashion import UserError
@@ -26,7 +26,13 @@ from weights.inception import FILES, load_inception
 from weights.load import FOLDERS, sha256
 
 INCEPTION = FOLDERS["full"]
-FIGURES = FID, KID, SUBSETS, CLIP_S = "FID", "KID x1000", "KID x1000, subsets", "CLIP-S"
+FIGURES = FID, KID, PAIRS, SUBSETS, CLIP_S = (
+    "FID",
+    "KID x1000",
+    "KID x1000, pairs",
+    "KID x1000, subsets",
+    "CLIP-S",
+)
 DRAWS, LARGEST = 100, 1000  # subsets, and pictures in each
 Figure = list[float]  # [value]; [value, low, high]; of subsets [mean, deviation]
 
@@ -81,13 +87,13 @@ class Measuring:
         return features(openers(pictures), self.networks.inception, device=self.device, quiet=self.quiet)
 
     def apart(self, found: np.ndarray | None) -> dict[str, Figure]:
-        """FID and KID of `features`; KID needs 3 pictures, its subsets 4."""
+        """FID and KID of `features`; KID by pairs needs 3 pictures, its subsets 4."""
         if found is None:
             return {}
         n, a, b = len(found), found, self.reference
-        figures = {FID: rounded(fid(a, b, quiet=True))}
+        figures = {FID: rounded(fid(a, b, quiet=True)), KID: rounded(1000 * kid(a, b, self.quiet))}
         if n > 2:
-            figures[KID] = rounded(*(1000 * x for x in kid_of_pairs(a, b, self.quiet)))
+            figures[PAIRS] = rounded(*(1000 * x for x in kid_of_pairs(a, b, self.quiet)))
         if n > 3:
             drawn = kid_subsets(a, b, DRAWS, self.size, quiet=self.quiet)
             figures[SUBSETS] = rounded(*(1000 * x for x in drawn))
@@ -98,8 +104,8 @@ class Measuring:
             return {}
         of = np.random.default_rng(seed).permutation(len(self.reference))
         a, b = (self.reference[half] for half in np.array_split(of, 2))
-        kid = (1000 * x for x in kid_interval(a, b, self.quiet))
-        return {FID: rounded(fid_floor(self.reference, seed)), KID: rounded(*kid)}
+        apart = (1000 * x for x in kid_interval(a, b, self.quiet))
+        return {FID: rounded(fid_floor(self.reference, seed)), KID: rounded(*apart)}
 
     def clip_s(self, pictures: Sequence[Image.Image], texts: list[str] | None) -> dict[str, Figure]:
         if self.networks.clip is None or texts is None:
@@ -107,7 +113,8 @@ class Measuring:
         scores = pair_scores(
             *self.networks.clip, pictures, texts, workers=self.workers, quiet=self.quiet
         ).double()
-        return {CLIP_S: interval(resampled(scores.numpy()).clip(min=0) / len(texts))}
+        _, *ends = interval(resampled(scores.numpy()).clip(min=0) / len(texts))
+        return {CLIP_S: [*rounded(clip_s(scores)), *ends]}
 
 
 def rounded(*figure: float) -> list[float]:

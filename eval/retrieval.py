@@ -43,7 +43,7 @@ from eval.gallery import (
     check_rows,
     full_figures,
 )
-from eval.metrics.recall import ranks
+from eval.metrics.recall import hits, ranks
 from eval.report import (
     Fingerprint,
     about_run,
@@ -110,8 +110,8 @@ def judge(scores: Tensor, right: Tensor, seed: int) -> dict[str, dict[str, list[
     scores (n,n), rows texts and columns pictures, the pairs on the diagonal; right (n,n) bool -> {row: {column: figure}}
     """
     order = shuffled(range(len(scores)), seed)
-    hits = {"ours": hits_of(scores, right), "texts shuffled": hits_of(scores[order], right)}
-    figures = {row: shares(hit) for row, hit in hits.items()}
+    found = {"ours": hits_of(scores, right), "texts shuffled": hits_of(scores[order], right)}
+    figures = {row: shares(of) for row, of in found.items()}
     lucky = [chance(answers.sum(1), len(scores), k) for answers in (right, right.T) for k in AT]
     figures["chance"] = {k: [x] for k, x in zip((*COLUMNS, "mean"), [*lucky, np.mean(lucky)], strict=True)}
     return figures
@@ -120,12 +120,12 @@ def judge(scores: Tensor, right: Tensor, seed: int) -> dict[str, dict[str, list[
 def hits_of(scores: Tensor, right: Tensor) -> np.ndarray:
     """-> (n,6) for the text and the picture of each pair whether a right answer is among the first 1, 5, 10."""
     both = ranks(scores, right), ranks(scores.T, right.T)
-    return np.stack([(r <= k).double().numpy() for r in both for k in AT], 1)
+    return torch.cat([hits(r, AT) for r in both], 1).numpy()
 
 
-def shares(hits: np.ndarray) -> dict[str, list[float]]:
-    """hits (n,6) -> of each column and of their mean the figure in %, with its interval."""
-    percent = 100 * resampled(hits) / len(hits)
+def shares(found: np.ndarray) -> dict[str, list[float]]:
+    """found (n,6), `hits_of` -> of each column and of their mean the figure in %, with its interval."""
+    percent = 100 * resampled(found) / len(found)
     named_ = {k: interval(percent[:, i]) for i, k in enumerate(COLUMNS)}
     return named_ | {"mean": interval(percent.mean(1))}
 
@@ -166,7 +166,7 @@ def gallery_table(figures: dict[str, Figures], pictures: int, products: int, dra
             *lines,
             f"full gallery, protocol of ours and FAME-ViL's: all {products} texts and all {pictures} pictures; a text finds any picture "
             "of its product, a picture its product's text.",
-            f"random-100, protocol of ours and FAME-ViL's: {QUERIES} queries drawn by lot, each among 1 right answer and {NEGATIVES} wrong "
+            f"random-100, protocol of ours and FAME-ViL's: {min(QUERIES, products)} texts and {min(QUERIES, pictures)} pictures drawn by lot, each among 1 right answer and {NEGATIVES} wrong "
             f"ones of its sub-category (where it has fewer, others fill up), the mean of {DRAWS} draws. Ties are misses here; "
             "FAME-ViL takes the order that topk gives them, and its draws are not seeded.",
             "UniFashion's: 100 random candidates of the same category, as the paper has it; in its code fixed blocks of 100 rows, in a "

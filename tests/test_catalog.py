@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.faults import plant
 from unifashion import UserError, catalog, search
-from unifashion.catalog import CHECKED, EMBEDDINGS, ITEMS, VERSION, Catalog, check_same, write
+from unifashion.catalog import CHECKED, EMBEDDINGS, ITEMS, VERSION, Catalog, check_same, header, write
 from unifashion.search import best
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -159,6 +159,15 @@ def test_a_file_of_another_length_is_refused_at_once(left, tmp_path):
         Catalog(tmp_path)
 
 
+@pytest.mark.parametrize("shape", [[8.0, 16, 64], [-8, -16, 64], [8, 16, 2**70]])
+def test_a_header_whose_shape_is_none_is_refused(shape, tmp_path):
+    fill(tmp_path, 2)
+    raw = header(Catalog(tmp_path).about, {"images": shape})
+    (tmp_path / EMBEDDINGS).write_bytes(raw + bytes(2 * 8 * 16 * 64))
+    with pytest.raises(UserError, match="damaged, or no catalogue's"):
+        Catalog(tmp_path)
+
+
 EDITS = {
     "a line less": lambda lines: lines[1:],
     "a line more": lambda lines: [*lines, lines[0]],
@@ -243,7 +252,7 @@ def test_all_of_a_file_is_read_only_when_it_has_changed(tmp_path, monkeypatch):
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # and hides it
     with pytest.raises(UserError, match="damaged, or was edited"):
         Catalog(tmp_path).verify(quiet=True)
-    for nonsense in ("", "[", "7", "null"):
+    for nonsense in ("", "[", "7", "null", "[" * 100_000):
         (tmp_path / CHECKED).write_text(nonsense)
         with pytest.raises(UserError, match="damaged, or was edited"):
             Catalog(tmp_path).verify(quiet=True)

@@ -65,15 +65,20 @@ def test_every_figure_of_a_design_is_that_of_its_pictures(command, data, tmp_pat
         texts = [items[i]["text"] for i in range(N)]
         for name, pictures in zip(OUTPUTS, (with_own, raw), strict=True):
             row, found = rows[name], features_of(pictures)
-            kid = [1000 * x for x in measures.kid_of_pairs(found, real, quiet=True)]
+            pairs = [1000 * x for x in measures.kid_of_pairs(found, real, quiet=True)]
             subsets = [1000 * x for x in measures.kid_subsets(found, real, 100, 3, quiet=True)]
             assert row["FID"] == [pytest.approx(measures.fid(found, real, quiet=True), abs=1e-4)]
-            assert row["KID x1000"] == pytest.approx(kid, abs=1e-3)
+            assert row["KID x1000"] == [pytest.approx(1000 * measures.kid(found, real, quiet=True), abs=1e-3)]
+            assert row["KID x1000, pairs"] == pytest.approx(pairs, abs=1e-3)
             assert row["KID x1000, subsets"] == pytest.approx(subsets, abs=1e-3)
             value, low, high = row["CLIP-S"]
             assert value == pytest.approx(clip_s(pair_scores(*clip, pictures, texts, quiet=True)), abs=1e-3)
             assert low <= value <= high
-        assert rows["persons unchanged"]["FID"] == [0] and rows["persons unchanged"]["KID x1000"] == [0, 0, 0]
+        assert rows["persons unchanged"]["FID"] == [0] and rows["persons unchanged"]["KID x1000, pairs"] == [
+            0,
+            0,
+            0,
+        ]
         same = clip_s(pair_scores(*clip, people, texts, quiet=True))
         assert rows["persons unchanged"]["CLIP-S"][0] == pytest.approx(same, abs=1e-3)
         assert set(rows["texts shuffled"]) == {"CLIP-S"}

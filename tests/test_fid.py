@@ -19,8 +19,6 @@ from eval.metrics.fid import (
     features,
     fid,
     fid_floor,
-    fid_of_statistics,
-    folder_features,
     kid,
     kid_interval,
     kid_of_pairs,
@@ -29,6 +27,7 @@ from eval.metrics.fid import (
 from tests.faults import plant
 from tests.goldens import GOLDEN
 from unifashion import UserError
+from unifashion.preprocess import read_image
 
 GOLD = json.loads((GOLDEN / "fid_kid.json").read_text())
 RANDOM, TINY = GOLD["random_300_250_16"], GOLD["tiny"]
@@ -45,14 +44,6 @@ def test_fid_equals_the_libraries():
         assert fid(*tiny()) == exactly(TINY[f"fid_{library}"])
     assert fid(a, b) == exactly(1.561927168594)
     assert fid(b, a) == exactly(fid(a, b))
-
-
-def test_fid_of_statistics_equals_fid():
-    a, b = sets()
-    assert fid_of_statistics(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T)) == exactly(1.561927168594)
-    few, others = a[:10], b[:12]  # 16 dimensions: no covariance has full rank
-    told = fid_of_statistics(few.mean(0), np.cov(few.T), others.mean(0), np.cov(others.T))
-    assert told == pytest.approx(fid(few, others), abs=1e-5)
 
 
 def test_kid_equals_the_libraries():
@@ -269,29 +260,18 @@ def test_features_are_in_order_whatever_the_batch():
         np.testing.assert_allclose(found[:, 0], (np.array([0, 128, 255, 64, 32]) - 128) / 128, atol=1e-6)
 
 
-def test_a_folder_is_read_by_name(tmp_path: Path):
-    (tmp_path / "inside").mkdir()
-    for value, name in ((30, "b.png"), (200, "a 10.png"), (90, "ä.jpg"), (250, "inside/c.png")):
-        Image.new("RGB", (9, 7), (value,) * 3).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
-    found = folder_features(tmp_path, Means(), 2, quiet=True)
-    np.testing.assert_allclose(found[:, 0] * 128 + 128, [200, 30, 90], atol=1)
-
-
 def test_every_broken_file_is_named(tmp_path: Path):
     for i in range(7):
         Image.new("RGB", (9, 7), (i, i, i)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
     (tmp_path / "5.png").write_bytes(b"")
     with pytest.raises(UserError) as told:
-        folder_features(tmp_path, Means(), 3, quiet=True)
+        features([partial(read_image, tmp_path / f"{i}.png") for i in range(7)], Means(), 3, quiet=True)
     assert "1.png: " in str(told.value) and "5.png: the file is empty" in str(told.value)
     assert "\n" not in str(told.value)
 
 
-def test_nothing_to_see_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="no folder of pictures"):
-        folder_features(tmp_path, Means(), quiet=True)
+def test_nothing_to_see_is_refused():
     with pytest.raises(UserError, match="no pictures to take features of"):
         features([], Means(), quiet=True)
     damaged = Means()

@@ -603,6 +603,7 @@ BAD = {
     "out in a file": ("index --images shop --out query.png/x", "query.png/x cannot be written"),
     "out is a file": ("index --images shop --out query.png", "query.png cannot be written: Not a directory"),
     "out is a folder of other things": ("index --images shop --out shop", "shop is a folder of other things"),
+    "out is a folder with a file named like one of ours": ("index --images shop --out mine", "mine is a folder of other things"),
     "out is nothing": ("index --images shop --out ''", ". is a folder of other things"),
     "out is too long": (f"index --images shop --out {'o' * 300}", "File name too long"),
     "pictures' folder is too long": (f"index --images {'o' * 300} --out new", "no such folder"),
@@ -892,6 +893,8 @@ def ruins(tmp_path_factory: pytest.TempPathFactory, written: Path) -> Path:
     data = bytearray((place / "spoilt" / EMBEDDINGS).read_bytes())
     data[-5] ^= 1
     (place / "spoilt" / EMBEDDINGS).write_bytes(data)
+    (place / "mine").mkdir()
+    (place / "mine" / ITEMS).write_text("not a catalogue's")
     return place
 
 

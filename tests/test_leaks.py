@@ -5,6 +5,8 @@ import math
 import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from unifashion import UserError, training
 from unifashion.data.texts import WORDS, choose, detailed, flat
 from unifashion.data.world import COMBINATION, sample_garment
 
+ROOT = Path(__file__).parent.parent
 SAMPLES = Path(os.environ.get("UNIFASHION_SAMPLES", "/nonexistent"))
 CATEGORIES = ("dress", "shirt", "toptee")
 needs_samples = pytest.mark.skipif(
@@ -295,6 +298,7 @@ def test_files_that_cannot_be_used_are_one_line(tmp_path: Path, capsys: pytest.C
         "numbers.json": "[1, 2]",
         "number.jsonl": '{"image": 1, "caption": "x"}',
         "empty.jsonl": "",
+        "wordless.jsonl": "".join(json.dumps({"image": name, "caption": "!!!"}) + "\n" for name in pool),
     }
     for name, content in contents.items():
         (tmp_path / name).write_text(content)
@@ -303,9 +307,28 @@ def test_files_that_cannot_be_used_are_one_line(tmp_path: Path, capsys: pytest.C
         assert run(tmp_path, tmp_path / name) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1
-        assert name in err or name in (other.name, "empty.jsonl")
+        assert name in err or name in (other.name, "empty.jsonl", "wordless.jsonl")
     for data in ("fashiongen=x", f"fashioniq={tmp_path / 'nowhere'}"):
         assert code("--captions", other, "--data", data) == 2
+
+
+def test_who_reads_the_first_line_alone_sees_no_traceback(tmp_path: Path):
+    rows, queries, pool = prose(20)
+    write_fashioniq(tmp_path, queries, pool)
+    file = write_rows(tmp_path / "good.json", rows)
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "eval.leaks",
+        "--captions",
+        str(file),
+        "--data",
+        f"fashioniq={tmp_path}",
+    ]
+    reading = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    reading.stdout.close()
+    assert (reading.stderr.read(), reading.wait()) == (b"", 0)
 
 
 # Of real data

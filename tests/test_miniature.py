@@ -44,6 +44,8 @@ def test_every_job_comes_after_what_it_needs():
     order = list(jobs)
     assert all(order.index(need) < order.index(job) for job, needs in jobs.items() for need in needs)
     assert jobs["seed1/diff/measure"] == ["seed1/diff", "seed1/annotate"]
+    variants = [job for job in order if job.count("/") == 1][4:]
+    assert variants == [f"seed1/{name}" for name in reversed(miniature.VARIANTS)]  # the longest first
     assert not set(jobs) & set(miniature.jobs_of(2))  # seeds share nothing
 
 

@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from eval.metrics import recall as module
-from eval.metrics.recall import ranks, recall
+from eval.metrics.recall import hits, ranks
 from tests.faults import plant
 from tests.goldens import GOLDEN
 
 GOLD = json.loads((GOLDEN / "recall.json").read_text())
+
+
+def recall(ranked: torch.Tensor, at: tuple[int, ...]) -> dict[int, float]:
+    return dict(zip(at, (100 * hits(ranked, at).mean(0)).tolist(), strict=True))
 
 
 def test_a_small_gallery_with_several_pictures_of_a_product_equals_the_notes():

@@ -193,6 +193,29 @@ def test_a_run_needs_no_git(place, monkeypatch):
     assert state(place / "archive")["commit"] == "unknown"
 
 
+def test_a_module_that_is_in_no_commit_makes_it_dirty(tmp_path, monkeypatch):
+    def git(*command: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", "-C", tmp_path, *who, *command], capture_output=True, text=True).stdout
+
+    git("init")
+    (tmp_path / "unifashion").mkdir()
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "unifashion/runs.py"))
+    (tmp_path / ".gitignore").write_text("runs")
+    git("add", ".")
+    git("commit", "-m", "first")
+    asked = runs.git_commit.__wrapped__
+    assert (clean := asked()) and clean == git("describe", "--always").strip()
+    (tmp_path / "notes.txt").write_text("no code")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/a.py").write_text("ignored")
+    assert asked() == clean
+    (tmp_path / "new.py").write_text("1")
+    assert asked() == f"{clean}-dirty"
+    (tmp_path / ".gitignore").write_text("runs\n")
+    assert asked() == f"{clean}-dirty"
+
+
 # One run at a time
 
 

@@ -92,6 +92,8 @@ class Catalog:
             found = json.loads(raw[8:])
             about = found.pop("__metadata__")
             shapes = {name: found[name]["shape"] for name in found}
+            if not all(type(x) is int and x >= 0 for shape in shapes.values() for x in shape):
+                raise ValueError("a shape of other numbers")
             size -= len(raw) + 2 * sum(map(math.prod, shapes.values()))
             whole = raw == header(about, shapes) and size == 0 and {"items", "sha256"} <= about.keys()
             whole = whole and all(isinstance(value, str) for value in about.values())
@@ -137,7 +139,7 @@ class Catalog:
         try:
             if json.loads(checked.read_text()) == self.stamp:
                 return
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             pass
         digest = hashlib.sha256(header(self.about | {"sha256": UNKNOWN}, self._shapes()))
         size = self.stamp[0]
@@ -175,7 +177,7 @@ class Catalog:
                         os.path.realpath(self.folder) + "/" + json.loads(file.readline())["images"]
                     )
                 )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def find(self, query: Tensor, top: int, composed: bool, device: torch.device) -> list[dict]:

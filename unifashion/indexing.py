@@ -41,7 +41,6 @@ BATCH = 16  # pictures that are embedded at a time
 READERS = 4  # threads: at full size a GPU wants more pictures than one decodes
 PART, PART_ITEMS = "embeddings.part", "items.part"
 OTHERWISE = "name another --out, or delete it"
-OURS = {EMBEDDINGS, ITEMS, LOCAL, PART, PART_ITEMS}
 
 
 class File(NamedTuple):
@@ -188,7 +187,7 @@ def check_out(out: Path) -> None:
     """Raise UserError unless a catalogue can be at `out`: worth asking before a model is loaded."""
     with naming(out, "written"):
         names = set(os.listdir(out)) if out.exists() else set()
-    if names and not names & OURS:
+    if names and not names & {EMBEDDINGS, PART}:  # whose other files may have names like ours
         raise UserError(f"{out} is a folder of other things: --out wants a catalogue, or a name that is free")
     there = out if out.exists() else out.absolute().parent
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -376,7 +375,7 @@ def _known(out: Path) -> dict[str, tuple[Stamp, str]]:
     try:
         lines = (out / LOCAL).read_bytes().splitlines()[1:]
         return {row["path"]: (row["stamp"], row["sha256"]) for row in map(json.loads, lines)}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

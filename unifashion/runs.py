@@ -406,12 +406,16 @@ def _whole(cfg: UniFashionConfig) -> dict[str, Tensor]:
 
 @cache
 def git_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    def git(*command: str) -> str:
+        where = ["git", "-C", str(Path(__file__).parent.parent)]
+        return subprocess.run([*where, *command], capture_output=True, text=True).stdout.strip()
+
     try:
-        asked = subprocess.run(command, capture_output=True, text=True)
+        commit = git("describe", "--always", "--dirty")
+        new = git("ls-files", "--others", "--exclude-standard", "*.py")  # which `describe` does not look at
     except OSError:  # no git here: the code came as an archive
         return "unknown"
-    return asked.stdout.strip() or "unknown"
+    return commit + "-dirty" * (bool(new) and not commit.endswith("-dirty")) or "unknown"
 
 
 def _end_line(file: Path) -> None:

@@ -92,7 +92,7 @@ def found_sheet(
             small = shrunk(picture)
             sheet.paste(small, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
         if i:
-            top, lines = y + cell, [_fitting(line, font, cell - 12) for line in text.split("\n")[:2]]
+            top, lines = y + cell, [_fitting(line, font, cell - 12) for line in text.split("\n", 1)]
         else:
             top = y + (6 if picture is None else cell)
             lines = _wrapped(text, font, cell - 12, 12 if picture is None else 2)

@@ -2,9 +2,8 @@
 
     a pair                    100 cos(image, text)                      `pair_scores`, of which confidence intervals are made
     CLIP-S, the papers'       max(mean of the pairs, 0)                 `clip_s`, number for number as torchmetrics computes it
-    Hessel et al. (2021)      mean of 2.5 max(cos, 0)                   `hessel`
 
-The papers' 28 to 31 are of the first scale. Model, crop and text length belong to the number: here ViT-L/14, torchmetrics'
+The papers' 28 to 31 are of this scale; CLIPScore as Hessel et al. (2021) defined it is the mean of 2.5 max(cos, 0). Model, crop and text length belong to the number: here ViT-L/14, torchmetrics'
 default, which sees the middle square of a picture and 77 tokens. (MGD's own code takes OpenCLIP's ViT-H/14 and the inpainted
 box.) Pairs that are clipped before their mean is taken give a third number, which nobody means.
 """
@@ -65,11 +64,6 @@ def cosines(images: Tensor, texts: Tensor) -> Tensor:
 def clip_s(scores: Tensor) -> float:
     """`pair_scores` (n,) -> CLIP-S, from 0 to 100. The mean is clipped at 0, not the pairs."""
     return max(scores.double().mean().item(), 0.0)
-
-
-def hessel(scores: Tensor) -> float:
-    """`pair_scores` (n,) -> CLIPScore as it was defined (arXiv 2104.08718), from 0 to 2.5. The pairs are clipped at 0."""
-    return 2.5 * (scores.double() / 100).clamp(min=0).mean().item()
 
 
 def _pixels(pictures: list[Path | Image.Image], size: int) -> Tensor:

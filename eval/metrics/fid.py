@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,8 +31,6 @@ from tqdm import tqdm
 
 from eval.metrics.inception import InceptionV3
 from unifashion import UserError
-from unifashion.caption import pictures_of
-from unifashion.preprocess import read_image
 
 SIDE = 299
 FEW = 2000  # pictures, below which FID says more about their number than about them
@@ -74,22 +71,6 @@ def features(
     return _features(
         pictures, lambda x: clean_resize(x() if callable(x) else x), network, batch, device, quiet
     )
-
-
-def folder_features(
-    folder: str | Path,
-    network: InceptionV3,
-    batch: int = 32,
-    device: str | torch.device = "cpu",
-    quiet: bool = False,
-) -> Array:
-    """
-    The features of the pictures in `folder`, by name; its own folders are not looked into.
-
-    Raises UserError if there is none, and if any cannot be read: a FID without it would be another test's.
-    """
-    paths = list(pictures_of([Path(folder)]))
-    return _features(paths, lambda path: clean_resize(read_image(path)), network, batch, device, quiet)
 
 
 @torch.inference_mode()
@@ -151,16 +132,6 @@ def fid(a: Array, b: Array, quiet: bool = False) -> float:
     return _frechet(*_mean_and_root(a), *_mean_and_root(b))
 
 
-def fid_of_statistics(mean_a: Array, covariance_a: Array, mean_b: Array, covariance_b: Array) -> float:
-    """
-    FID from means (d,) and covariances (d,d), as some references are published (over n - 1, as `np.cov`).
-
-    A covariance of fewer than d pictures has eigenvalues of 0, which rounding lifts to 1e-16 of the largest, and their roots
-    to 1e-8: there the digits beyond the sixth are noise. `fid` of the features has no such loss.
-    """
-    return _frechet(mean_a, _root(covariance_a), mean_b, _root(covariance_b))
-
-
 def fid_floor(reference: Array, seed: int = 0) -> float:
     """
     FID between two halves (n/2,d) of the reference, drawn at random: about what even real pictures cannot go below.
@@ -205,11 +176,6 @@ def _mean_and_root(x: Array) -> tuple[Array, Array]:
         if len(root) > d:
             root = np.linalg.qr(root, mode="r")
     return mean, root / (n - 1) ** 0.5
-
-
-def _root(covariance: Array) -> Array:
-    values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
-    return values.clip(0)[:, None] ** 0.5 * vectors.T
 
 
 # KID

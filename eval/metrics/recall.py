@@ -23,6 +23,6 @@ def ranks(scores: Tensor, right: Tensor) -> Tensor:
     return 1 + (~right & ~(scores < best)).sum(1)
 
 
-def recall(ranked: Tensor, at: Sequence[int]) -> dict[int, float]:
-    """ranks (b,) -> {K: in %, how many are at most K}."""
-    return {k: 100 * (ranked <= k).double().mean().item() for k in at}
+def hits(ranked: Tensor, at: Sequence[int]) -> Tensor:
+    """ranks (...) -> (...,K) float64, 1 where a rank is at most each K of `at`: their mean over queries is Recall@K."""
+    return torch.stack([ranked <= k for k in at], -1).double()

@@ -21,12 +21,12 @@ from pathlib import Path
 from eval.leaks import FOUND_CANDIDATES, Leak
 from unifashion import UserError
 from unifashion.config import PRESETS
-from unifashion.data import toy
+from unifashion.data import read_json, toy
 from unifashion.data.toy import Garment
 from unifashion.seen import Record, combination, read_record, world_of
 
 # On what the presets' settings were chosen (weights/tiny/README.md); nobody has chosen FULL's.
-SETTINGS: dict[str, dict[str, str | None]] = {"tiny": {"guidance": "toy val"}, "full": {}}
+SETTINGS: dict[str, dict[str, str | None]] = {"tiny": {"guidance": "toy val of seed 0"}, "full": {}}
 NO_MODEL = "of the model that made it nothing is known"
 NO_RECORD = "the model file does not say what it was trained on"
 NOT_WHOLE = "the model file does not say all that it was trained on"
@@ -63,18 +63,20 @@ def verdict(
     root       where the evaluated data set is; part of a ToyFashion, its split's garments are what is looked at
     namespace  the data set's, of `unifashion.seen`, and ids of all in it that is evaluated
     captions   of each pool that is searched by captions what `leaks.check` found
-    settings   of each that was chosen, on what: {"guidance": "toy val"}; None if nobody knows
+    settings   of each that was chosen, on what: {"guidance": "toy val of seed 0"}; None if nobody knows
 
     Raises UserError for garments of ToyFashion that training has seen.
     """
+    reported = f"{namespace} {split}"
     if world := world_of(root):
+        reported = f"toy {split} of seed {read_json(world / 'toy.json')['seed']}"
         rows = toy.read_rows(world, split)
         namespace, ids = "toy", [combination(Garment(**row["garment"])) for row in rows]
     record = Record({}, (), False) if model is None else read_record(model)
     findings = (
         of_captions(captions or {}),
         of_training(record, namespace, ids),
-        of_selection(record, settings or {}, f"{namespace} {split}"),
+        of_selection(record, settings or {}, reported),
     )
     against, unknown = (
         tuple(reason for found in of for reason in found) for of in zip(*findings, strict=True)

@@ -105,6 +105,20 @@ def test_toyfashion_is_judged_by_its_combinations_whatever_its_ids(world, tmp_pa
     )
 
 
+def test_what_was_chosen_on_one_toyfashion_says_nothing_of_another(world, tmp_path):
+    copy = tmp_path / "world"
+    copy.mkdir()
+    shutil.copy(world / "attributes_test.jsonl", copy)
+    settings = json.loads((world / "toy.json").read_text())
+    model = write(tmp_path, CLEAN_TOY | {"chosen.toy test of seed 3": seen.nothing()})
+    for seed, told in (
+        (3, "NOT CLEAN: checkpoint was chosen on toy test of seed 3, which is what is reported"),
+        (4, "clean"),
+    ):
+        (copy / "toy.json").write_text(json.dumps(settings | {"seed": seed}))
+        assert str(verdict(model, copy / "vitonhd", "vitonhd", [], "test")) == told
+
+
 def test_of_pictures_that_were_there_the_model_is_unknown(tmp_path):
     told = str(verdict(None, tmp_path, "vitonhd", ["a"], "test", settings={"guidance": "toy val"}))
     assert told == f"unknown: {guard.NO_MODEL}"
@@ -227,7 +241,7 @@ def test_leaky_captions_that_are_allowed_are_told(guided, evaluate, weights, wor
 
 def test_a_guidance_that_was_chosen_on_val_is_told_there(evaluate, weights):
     """The preset's is: on test that is clean, on val it is not."""
-    assert guard.chosen_on("tiny", PRESETS["tiny"].guidance) == {"guidance": "toy val"}
+    assert guard.chosen_on("tiny", PRESETS["tiny"].guidance) == {"guidance": "toy val of seed 0"}
     with pytest.raises(UserError, match="settings are chosen on val and reported on test"):
         evaluate("generation", "--split", "test", "--guidances", "1,2")
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,12 @@ def test_a_hundred_thousand_are_found_as_by_a_loop_in_float64(kind, monkeypatch)
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_full_size_a_hundred_thousand_are_found_as_by_a_loop_in_float64(kind):
     assert_found(planted(kind, 100_000, 32, 256))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_finds_what_a_loop_in_float64_does(kind):
+    assert_found(planted(kind, 100_000, 32, 256), partial(best, device=torch.device("cuda")))
 
 
 def test_ties_are_found_in_the_order_in_which_they_stand(monkeypatch):

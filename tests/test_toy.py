@@ -299,7 +299,7 @@ def test_a_drawing_that_is_told_to_end_leaves_no_folder(tmp_path):
     while not (found := list(tmp_path.glob("*/*/*/*/*.jpg"))) and drawing.poll() is None:
         time.sleep(0.1)
     drawing.terminate()
-    _, told = drawing.communicate(timeout=60)
+    _, told = drawing.communicate(timeout=300)
     assert found and drawing.returncode == 143 and told == b""
     assert list(tmp_path.iterdir()) == []
 

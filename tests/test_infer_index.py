@@ -511,7 +511,7 @@ def test_the_sheet_shows_what_was_asked_for_and_what_was_found(room: Path, capsy
     asked = ("--image", "query.png", "--text", "a red dress", "--top", "7", "--sheet", "s.png")
     told, err = find(room, capsys, *asked, quiet=False)
     (((text, picture), shown),) = drawn
-    assert text == "looked for a red dress" and picture.tobytes() == read_image("query.png").tobytes()
+    assert text == "looked for: a red dress" and picture.tobytes() == read_image("query.png").tobytes()
     for one, (caption, image) in zip(told, shown, strict=True):
         assert caption == f"{one['rank']}   {one['score']:.4f}\n{one['path']}"
         assert image.tobytes() == sheets.shrunk(read_image(room / "shop" / one["path"])).tobytes()

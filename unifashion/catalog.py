@@ -205,7 +205,7 @@ class Catalog:
             except UserError as error:
                 notes.append(f"{error}; the sheet shows a grey box")
             shown.append((f"{item['rank']}   {item['score']:.4f}\n{item['path']}", image))
-        save_png(found_sheet((f"looked for {text}".strip(), picture), shown), path)
+        save_png(found_sheet((f"looked for: {text}" if text else "looked for", picture), shown), path)
         return notes
 
 

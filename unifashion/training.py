@@ -191,12 +191,9 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's main: what the user got wrong is one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as error:
-        told = (
-            str(error).strip().rpartition("\nunifashion.UserError: ")[2]
-        )  # of a DataLoader's worker without its traceback
-        told = " ".join(told.splitlines())
-        parallel.print_error_once(f"{program()}: {told}")
+    except UserError as error:  # from a DataLoader's worker it comes with the worker's traceback before it
+        told = str(error).strip().rpartition("\nunifashion.UserError: ")[2].splitlines()
+        parallel.print_error_once(f"{program()}: {' '.join(told)}")
         sys.exit(2)
     except RuntimeError:  # of several processes one is gone, and has said why
         if not parallel.another_failed():

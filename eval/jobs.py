@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import json
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +43,12 @@ def end_with_parent() -> None:
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+def cpu_of_ended() -> float:
+    """Seconds of CPU time that all processes took that this one started and has seen the end of: what others do meanwhile is not in it."""
+    of = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return of.ru_utime + of.ru_stime
+
+
 def note(out: Path, row: dict) -> None:
     with open(out / "jobs.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
@@ -60,3 +67,13 @@ def noted(out: Path) -> list[dict]:
         except ValueError:
             continue
     return rows
+
+
+def hours_of(rows: list[dict]) -> str:
+    """What jobs took: on a GPU, in all; else of CPU time, or, where that was not noted, of their cores."""
+    gpu = [row["seconds"] for row in rows if row.get("device") == "cuda"]
+    cpu = [
+        row.get("cpu seconds", row["seconds"] * row["cores"]) for row in rows if row.get("device") != "cuda"
+    ]
+    told = [f"{sum(cpu) / 3600:.1f} hours of one core"] * bool(cpu)
+    return " and ".join(told + [f"{sum(gpu) / 3600:.1f} hours of jobs on the GPU"] * bool(gpu))

@@ -44,7 +44,7 @@ import train_phase1
 import train_phase2
 from eval import captioning, composed, generation, retrieval, speed
 from eval import miniature_tables as tables
-from eval.jobs import end_with_parent, is_done, locked, note, noted, places_of
+from eval.jobs import cpu_of_ended, end_with_parent, hours_of, is_done, locked, note, noted, places_of
 from eval.report import save_json
 from unifashion import Parser, UserError, training
 from unifashion.data import read_json, toy
@@ -227,11 +227,14 @@ def carry_out(args: argparse.Namespace) -> None:
     places, device = places_of(args.jobs), training.pick_device(args.device)
     on = {"device": device.type, "machine": speed.machine(device, training.compute_dtype(device, args.dtype))}
     running: dict[str, tuple[subprocess.Popen, int, float]] = {}
+    cpu = cpu_of_ended()
 
     def ended(job: str) -> int:
+        nonlocal cpu
         process, place, began = running.pop(job)
-        seconds = round(time.time() - began)
-        row = {"job": job, "code": process.returncode, "seconds": seconds, "cores": len(places[place]), **on}
+        row = {"job": job, "code": process.returncode, "seconds": round(time.time() - began)}
+        row |= {"cpu seconds": round(cpu_of_ended() - cpu), "cores": len(places[place]), **on}
+        cpu = cpu_of_ended()
         note(args.out, row)
         return process.returncode
 
@@ -324,11 +327,6 @@ def results_of(out: Path, seeds: Sequence[int]) -> tables.Results:
 def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
     """What a reader must know of how the figures came about."""
     took = [row for row in noted(args.out) if int(row["job"].split("/")[0].removeprefix("seed")) in results]
-    cpu, gpu = (
-        sum(row["seconds"] * (row["cores"] if on == "cpu" else 1) for row in took if row.get("device", "cpu") == on) / 3600
-        for on in ("cpu", "cuda")
-    )  # fmt: skip
-    spent = [f"{cpu:.1f} hours of one core"] * (cpu > 0) + [f"{gpu:.1f} hours of jobs on the GPU"] * (gpu > 0)
     told = [
         (f"seed{k}/{run}", of) for k, runs in results.items() for run in runs for of in runs[run].values()
     ]
@@ -358,7 +356,7 @@ def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
         "command": f"`{command_of(args)}`",
         "commit": ", ".join(sorted(commits)),
         "machine": "; ".join(machines) or f"not noted; told on {here}",
-        "time": f"at least {' and '.join(spent)}, in {len({row['job'] for row in took})} jobs",
+        "time": f"at least {hours_of(took)}, in {len({row['job'] for row in took})} jobs",
         "seeds": ", ".join(map(str, results)) + f"; not yet measured: {', '.join(absent)}" * bool(absent),
         "steps": "; ".join(
             f"phase {i}: " + ", ".join(f"{k} {v}" for k, v in steps.items())

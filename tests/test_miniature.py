@@ -72,6 +72,15 @@ def test_all_jobs_are_done_once_each_after_its_needs(tmp_path, monkeypatch):
     assert (tmp_path / "order").read_text().split() == order
 
 
+def test_the_time_that_a_job_took_is_its_own_not_others(tmp_path, monkeypatch):
+    """On a machine where others are at work, too, a job's wall time says little."""
+    program = "import time\nwhile job.endswith('/align') and time.process_time() < 1.6: pass\n"
+    carried_out(tmp_path, monkeypatch, program + "if job.endswith('/caption'): time.sleep(1.6)")
+    took = {row["job"]: row for row in miniature.noted(tmp_path)}
+    assert took["seed0/align"]["cpu seconds"] in (2, 3) and took["seed0/caption"]["cpu seconds"] < 2
+    assert took["seed0/caption"]["seconds"] >= 2
+
+
 def test_a_job_that_fails_stops_all_and_is_tried_again(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="seed0/caption failed: .*seed0/caption.log tells why"):
         carried_out(tmp_path, monkeypatch, program="if job.endswith('caption'): exit(1)")
@@ -190,7 +199,15 @@ def test_the_report_says_how_it_came_about(tmp_path, results):
     args = miniature.parse(["--data", "toy=w", "--out", str(tmp_path), "--jobs", "0", "--dtype", "bf16"])
     rows = [
         {"job": "seed0/align", "code": -15, "seconds": 1800, "cores": 2, "device": "cpu", "machine": "one"},
-        {"job": "seed0/align", "code": 0, "seconds": 3600, "cores": 1, "device": "cpu", "machine": "one"},
+        {
+            "job": "seed0/align",
+            "code": 0,
+            "seconds": 9000,
+            "cpu seconds": 3600,
+            "cores": 1,
+            "device": "cpu",
+            "machine": "one",
+        },
         {"job": "seed1/diff", "code": 0, "seconds": 7200, "cores": 8, "device": "cuda", "machine": "two"},
         {"job": "seed7/diff", "code": 0, "seconds": 7200, "cores": 8, "device": "cuda", "machine": "three"},
     ]

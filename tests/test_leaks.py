@@ -347,6 +347,7 @@ def test_the_released_captions_are_refused_also_without_their_text_guidance(cate
     assert refusal([row | {"text_guidance": ""} for row in rows], queries, pool) == ["found", "copied"]
 
 
+@pytest.mark.slow
 @needs_samples
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_the_released_captions_are_refused_also_when_they_are_edited(category: str):

@@ -328,7 +328,15 @@ def test_who_reads_the_first_line_alone_sees_no_traceback(tmp_path: Path):
     ]
     reading = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     reading.stdout.close()
-    assert (reading.stderr.read(), reading.wait()) == (b"", 0)
+    assert (reading.stderr.read(), reading.wait()) == (b"", 141)
+
+
+def test_another_pipe_that_breaks_is_no_end_in_peace():
+    def main() -> None:
+        raise BrokenPipeError("a worker's")
+
+    with pytest.raises(BrokenPipeError):
+        training.run(main)
 
 
 # Of real data

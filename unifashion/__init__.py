@@ -1,6 +1,8 @@
 """UniFashion from scratch: one fashion model for retrieval, captions, try-on and design (arXiv 2408.11305)."""
 
 import argparse
+import os
+import select
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +21,16 @@ def module() -> str | None:
 def program() -> str:
     """What complaints begin with: "eval.retrieval", "train_phase1.py"."""
     return module() or Path(sys.argv[0]).name
+
+
+def reader_has_left() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as after `| head`; then what is still to be written there goes nowhere."""
+    asked = select.poll()
+    asked.register(sys.stdout.fileno(), 0)
+    left = any(event & select.POLLERR for _, event in asked.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 class Parser(argparse.ArgumentParser):

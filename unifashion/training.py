@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unifashion import UserError, parallel, program
+from unifashion import UserError, parallel, program, reader_has_left
 from unifashion.config import PRESETS
 from unifashion.data import read_json, toy
 
@@ -199,13 +199,14 @@ def run(main: Callable[[], None]) -> None:
         if not parallel.another_failed():
             raise
         sys.exit(2)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        if not reader_has_left():  # another pipe: a bug
+            raise
+        sys.exit(141)  # as of SIGPIPE: it is not done
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        told = "the disk is full. What was saved before is whole"
-        parallel.print_error_once(f"{program()}: {told}")
+        parallel.print_error_once(f"{program()}: the disk is full. What was saved before is whole")
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{program()}: stopped", file=sys.stderr)

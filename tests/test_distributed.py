@@ -147,7 +147,7 @@ def test_a_checkpoint_of_one_process_is_that_of_several(name, ran):
 def lines(stderr: str) -> list[str]:
     """What our scripts have said, without progress bars and torchrun's own report."""
     assert "Traceback" not in stderr.split("torch/distributed/elastic")[0], stderr
-    return [line for line in stderr.splitlines() if line.startswith("several.py:")]
+    return [line for line in stderr.splitlines() if line.startswith("tests.several:")]
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
     python -m eval.miniature --data toy                    runs what is missing, then tells: hours, but it can be stopped at any time
     python -m eval.miniature --data toy --jobs 0           only tells what there is
-    python -m eval.miniature --data toy --dtype bf16 --jobs 0 --out docs/miniature --report eval/miniature.md     what we had
+    python -m eval.miniature --data toy --jobs 0 --out docs/miniature --report eval/miniature.md     what we had
 
 For each seed everything is trained anew, with the tiny preset's rates and batches and fewer steps (`STEPS`), but for the frozen
 ViT, VAE and LLM of weights/tiny:
@@ -32,7 +32,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -202,17 +202,9 @@ def measure(run: Path, home: Path, args: argparse.Namespace) -> None:
         "captioning": (captioning.main, [*drawn, "--styles", "fashiongen"]),
     }
     if "generation" in measured_of(run.name):
-        flags = [
-            "--samples",
-            "200",
-            "--sampler",
-            "dpm++",
-            "--steps",
-            "10",
-            "--judge",
-            str(args.out / "judge"),
-        ]
-        evaluations["generation"] = (generation.main, [*drawn, *flags, "--sheet", str(run / "drawn.png")])
+        flags = ["--samples", "200", "--sampler", "dpm++", "--steps", "10", "--judge"]
+        flags += [str(args.out / "judge"), "--sheet", str(run / "drawn.png")]
+        evaluations["generation"] = (generation.main, [*drawn, *flags])
     for name, (main_of, flags) in evaluations.items():
         out = run / f"{name}.json"
         if not out.is_file():
@@ -290,23 +282,28 @@ def log_of(out: Path, job: str) -> Path:
 
 def agree(args: argparse.Namespace) -> None:
     """Write OUT/settings.json. Raise UserError, having written nothing, if OUT was begun with others: rows would not be comparable."""
-    dtype = training.compute_dtype(training.pick_device(args.device), args.dtype)
+    dtype = str(training.compute_dtype(training.pick_device(args.device), args.dtype))
     settings = {
         "steps of phase 1": STEPS,
         "steps of phase 2": TASK_STEPS,
         "variants": VARIANTS,
         "one triplet in": TRIPLETS,
-        "dtype": str(dtype).removeprefix("torch."),
         "trained on": read_json(args.world / "toy.json"),
         "searched": read_json(args.search / "toy.json"),
+        # of each seed by itself: rows are compared within a seed, and the next seed may find another machine
+        **{dtype_key(seed): dtype.removeprefix("torch.") for seed in args.seeds},
     }
     settings, file = json.loads(json.dumps(settings)), args.out / "settings.json"
-    before = read_json(file) if file.is_file() else settings
-    if other := [f"{k} {before.get(k)}, not {v}" for k, v in settings.items() if before.get(k) != v]:
+    before = read_json(file) if file.is_file() else {}
+    if other := [f"{k} {before[k]}, not {v}" for k, v in settings.items() if before.get(k, v) != v]:
         raise UserError(
             f"{args.out} was begun with {'; '.join(other)}: ask for the same, or name another --out"
         )
-    save_json(settings, file)
+    save_json(before | settings, file)
+
+
+def dtype_key(seed: int) -> str:
+    return f"dtype of seed {seed}"
 
 
 # How it is told
@@ -353,7 +350,7 @@ def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
     machines = sorted({row["machine"] for row in took if "machine" in row})
     commits = {of["commit"] for _, of in told} | {read_json(f)["commit"] for f in trained if f.is_file()}
     return {
-        "command": f"`{command_of(args)}`",
+        "command": "; ".join(f"`{command}`" for command in commands_of(args, results, asked)),
         "commit": ", ".join(sorted(commits)),
         "machine": "; ".join(machines) or f"not noted; told on {here}",
         "time": f"at least {hours_of(took)}, in {len({row['job'] for row in took})} jobs",
@@ -370,13 +367,19 @@ def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
     }
 
 
-def command_of(args: argparse.Namespace) -> str:
-    """What says it again, in however many sittings it was said; --out is a place and no more."""
-    asked = {name: getattr(args, name) for name in ("search", "device", "dtype")}
-    flags = [x for k, v in asked.items() if v != DEFAULTS[k] for x in (f"--{k}", str(v))]
-    if tuple(args.seeds) != SEEDS:
-        flags += ["--seeds", *map(str, args.seeds)]
-    return shlex.join(["python", "-m", "eval.miniature", "--data", args.data, *flags])
+def commands_of(args: argparse.Namespace, seeds: Iterable[int], asked: dict) -> list[str]:
+    """What says it again, in however many sittings it was said, one for each dtype; --out is a place and no more."""
+    common = ["python", "-m", "eval.miniature", "--data", args.data]
+    for name in ("search", "device"):
+        if getattr(args, name) != DEFAULTS[name]:
+            common += [f"--{name}", str(getattr(args, name))]
+    short = {"float32": "fp32", "bfloat16": "bf16"}
+    of: dict[str, list[str]] = {}
+    for seed in seeds:
+        of.setdefault(short.get(asked.get(dtype_key(seed)), args.dtype), []).append(str(seed))
+    every = [*map(str, SEEDS)]
+    chosen = {dtype: ["--seeds", *some] * (some != every) for dtype, some in of.items()}
+    return [shlex.join([*common, "--dtype", dtype, *some]) for dtype, some in chosen.items()]
 
 
 def save_text(text: str, path: Path) -> None:

@@ -165,8 +165,11 @@ def test_a_folder_that_was_begun_with_other_settings_is_refused(tmp_path, monkey
     miniature.agree(args)
     before = (tmp_path / "settings.json").read_text()
     miniature.agree(args)
-    with pytest.raises(UserError, match="was begun with dtype float32, not bfloat16: ask for the same"):
-        miniature.agree(Namespace(**vars(args) | {"dtype": "bf16"}))
+    half = Namespace(**vars(args) | {"dtype": "bf16"})
+    with pytest.raises(
+        UserError, match="was begun with dtype of seed 0 float32, not bfloat16: ask for the same"
+    ):
+        miniature.agree(half)
     monkeypatch.setitem(miniature.STEPS, "align", 7)
     with pytest.raises(UserError, match="begun with steps of phase 1 {'align': 600, .*, not {'align': 7"):
         miniature.agree(args)
@@ -175,6 +178,11 @@ def test_a_folder_that_was_begun_with_other_settings_is_refused(tmp_path, monkey
     with pytest.raises(UserError, match="begun with searched {'seed': 0}, not {'seed': 1}"):
         miniature.agree(args)
     assert (tmp_path / "settings.json").read_text() == before
+    (tmp_path / "search/toy.json").write_text(json.dumps({"seed": 0}))
+    half.seeds = (1,)  # another seed may be of another dtype
+    miniature.agree(half)
+    dtypes = {"dtype of seed 0": "float32", "dtype of seed 1": "bfloat16"}
+    assert json.loads((tmp_path / "settings.json").read_text()) == json.loads(before) | dtypes
 
 
 def test_a_line_that_a_kill_cut_short_is_no_job_that_is_done(tmp_path):
@@ -223,6 +231,11 @@ def test_the_report_says_how_it_came_about(tmp_path, results):
         '{"steps of phase 1": {"align": 7}, "steps of phase 2": {"cir": 9}}'
     )
     assert miniature.about(args, results)["steps"] == "phase 1: align 7; phase 2: cir 9"
+    asked = {"dtype of seed 0": "bfloat16", "dtype of seed 1": "float32"}
+    assert miniature.commands_of(args, (0, 1), asked) == [
+        f"python -m eval.miniature --data toy=w --dtype {dtype} --seeds {seed}"
+        for seed, dtype in enumerate(("bf16", "fp32"))
+    ]
     assert told["time"] == "at least 2.0 hours of one core and 2.0 hours of jobs on the GPU, in 2 jobs"
     assert told["machine"] == "one; two" and told["commit"] == "a, b"
     assert told["verdict of the leak guard"] == "clean"

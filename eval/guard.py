@@ -21,7 +21,7 @@ from pathlib import Path
 from eval.leaks import FOUND_CANDIDATES, Leak
 from unifashion import UserError
 from unifashion.config import PRESETS
-from unifashion.data import read_json, toy
+from unifashion.data import toy
 from unifashion.data.toy import Garment
 from unifashion.seen import Record, combination, read_record, world_of
 
@@ -69,7 +69,7 @@ def verdict(
     """
     reported = f"{namespace} {split}"
     if world := world_of(root):
-        reported = f"toy {split} of seed {read_json(world / 'toy.json')['seed']}"
+        reported = f"toy {split}"
         rows = toy.read_rows(world, split)
         namespace, ids = "toy", [combination(Garment(**row["garment"])) for row in rows]
     record = Record({}, (), False) if model is None else read_record(model)
@@ -121,6 +121,11 @@ def of_selection(record: Record, settings: dict[str, str | None], reported: str)
     chosen = [("checkpoint", on) for on in record.chosen] + list(settings.items())
     against = [
         f"{what} was chosen on {on}, which is what is reported" for what, on in chosen if on == reported
+    ]
+    against += [
+        f"{what} was chosen on {on}, and what is reported has the same combinations of attributes"
+        for what, on in chosen
+        if on and on.startswith(f"{reported} of seed ")  # ToyFashion: every world's split is of the same
     ]
     by_hand = [f"{what} was given by hand, chosen on what is not told" for what, on in chosen if on is None]
     return against, [NOT_CHOSEN] * (not record.chosen) + by_hand

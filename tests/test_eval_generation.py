@@ -481,7 +481,7 @@ def test_guidance_is_chosen_on_val(command):
     report = command("--guidances", "1,2.5", "--sampler", "ddim")
     rows = report["results"]["sketch+text"]["rows"]
     assert report["split"] == "val" and report["samples"] == 3  # all there are
-    assert "guidance was chosen on toy val of seed 0, which is what is reported" in report["verdict"]
+    assert "guidance was chosen on toy val of seed 0, and what is reported has the same" in report["verdict"]
     assert list(rows)[:2] == ["ddim 2, guidance 1", "ddim 2, guidance 2.5"]
     assert rows["ddim 2, guidance 1"]["PSNR"] != rows["ddim 2, guidance 2.5"]["PSNR"]
     with pytest.raises(UserError, match="val"):

@@ -40,6 +40,7 @@ from eval.pools import (
     VAL,
     Pool,
     captions_of,
+    check_captions,
     check_pictures,
     check_whole,
     pools_of,
@@ -265,6 +266,8 @@ def main(argv: list[str] | None = None) -> None:
         asked = [(text, row.target) for text, row in zip(pool.texts, pool.rows, strict=True)]
         verdicts[pool.name] = leaks.check(rows, asked, pool.ids, args.allow_leaky_captions)
     check_pictures(data, pools)
+    for pool in pools if captions else []:
+        check_captions(data, pool, captions[pool.name])
 
     model_file = learned_file(args.preset, args.weights)
     ids = list(dict.fromkeys(name for pool in pools for name in pool.ids))
@@ -300,6 +303,11 @@ def main(argv: list[str] | None = None) -> None:
         report["captions by"] = ", ".join(sorted({str(row.get("model", "unknown")) for row in rows}))
         report["leaks"] = told_of(verdicts)
     report |= {"data sha256": str(fingerprint), **verdict.lines()}
+    if args.out:
+        first, *others = results
+        of_others = {"other pools": {kind: results[kind] for kind in others}} if others else {}
+        leak = {k: asdict(v) for k, v in verdicts.items()}
+        save_json({**report, **results[first], **of_others, "leak": leak}, args.out)
     print(*(f"{k:<28}{value}" for k, value in report.items()), sep="\n")
     for kind, result in results.items():
         print(f"\n{kind} pools" * (not world) + table(result, paper=world is None and kind == ORIGINAL))
@@ -308,11 +316,6 @@ def main(argv: list[str] | None = None) -> None:
         print(
             "These pictures are drawn: they say nothing about photographs, and the paper's rows are of others."
         )
-    if args.out:
-        first, *others = results
-        of_others = {"other pools": {kind: results[kind] for kind in others}} if others else {}
-        leak = {k: asdict(v) for k, v in verdicts.items()}
-        save_json({**report, **results[first], **of_others, "leak": leak}, args.out)
 
 
 if __name__ == "__main__":

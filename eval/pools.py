@@ -14,6 +14,7 @@ from unifashion import UserError
 from unifashion.data import toy
 from unifashion.data.fashioniq import FashionIQ, FashionIQCap, Triplet, absent_pictures, joined, picture_path
 from unifashion.seen import items, read_record, world_of
+from weights.load import sha256
 
 ORIGINAL, VAL = "original", "VAL"  # kinds of pools
 WHOLE = {
@@ -124,6 +125,21 @@ def check_pictures(data: FashionIQ, pools: list[Pool]) -> None:
     if broken := [str(path.relative_to(data.root)) for path in paths if not is_picture(path)]:
         raise UserError(
             f"{data.root}: {len(broken)} of {len(paths)} pictures are damaged: {', '.join(broken)}"
+        )
+
+
+def check_captions(data: FashionIQ, pool: Pool, rows: list[dict]) -> None:
+    """Raise UserError for captions of other pictures of the same names, such as every ToyFashion's: their files note what they are of."""
+    paths = [data.root / picture_path(data.root, name) for name in pool.ids]
+    others = [
+        f"{path.relative_to(data.root)}"
+        for path, row in zip(paths, rows, strict=True)
+        if row.get("sha256") and row["sha256"] != sha256(path)
+    ]
+    if others:
+        raise UserError(
+            f"{len(others)} of {len(paths)} captions of the pool {pool.name} were written of another file of that name, "
+            f"{others[0]} for one, says its sha256: write them anew"
         )
 
 

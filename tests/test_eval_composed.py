@@ -1,5 +1,6 @@
 """The evaluation of composed search against ranks that are known; its pools, captions and controls; and the command itself."""
 
+import hashlib
 import json
 import os
 import re
@@ -135,6 +136,22 @@ def test_captions_that_do_not_fit_the_pool_are_refused(rows, told, tmp_path):
     file = write(tmp_path / "x.jsonl", [caption(*row) for row in rows])
     with pytest.raises(UserError, match=told):
         captions_of([file], Pool("dress", ["a", "b"], [], torch.zeros(0, 2)))
+
+
+def test_captions_of_other_pictures_of_the_same_names_are_refused(tmp_path):
+    """Every ToyFashion numbers its pictures from 0."""
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"images/{name}.png").write_bytes(name.encode())
+    data, pool = Namespace(root=tmp_path), Pool("dress", ["a", "b"], [], torch.zeros(0, 2))
+    rows = [caption(name, "x") | {"sha256": hashlib.sha256(name.encode()).hexdigest()} for name in ("a", "b")]
+    pools.check_captions(data, pool, rows)
+    pools.check_captions(data, pool, [rows[0], caption("b", "x")])  # the released ones note nothing
+    told = (
+        "^1 of 2 captions of the pool dress were written of another file of that name, images/b.png for one"
+    )
+    with pytest.raises(UserError, match=told):
+        pools.check_captions(data, pool, [rows[0], rows[0]])
 
 
 def test_all_damaged_pictures_of_a_pool_are_named_at_once(tmp_path):

@@ -11,7 +11,7 @@ from transformers import BertTokenizer
 
 from tests.goldens import GOLDEN
 from unifashion import UserError
-from unifashion.tokenizers import SPECIALS, WordPiece, blip_caption, build_vocab
+from unifashion.tokenizers import SPECIALS, WordPiece, blip_caption, build_vocab, read_query
 
 GOLD = json.loads((GOLDEN / "tokenizer_bert.json").read_text())
 SAMPLES = Path(os.environ.get("UNIFASHION_SAMPLES", "/nonexistent"))
@@ -81,6 +81,17 @@ def test_a_word_of_more_than_a_hundred_characters_is_unknown(tokenizer):
 
 def test_a_caption_is_cut_at_fifty_words():
     assert blip_caption("Red " * 51) == " ".join(["red"] * 50)
+
+
+def test_the_user_is_told_what_is_read_of_a_long_query(tokenizer):
+    """Words are cut first; 50 are at times more than 62 tokens, and at times fewer."""
+    for text, reads, told in (
+        ("red " * 50, 50, []),
+        ("red " * 51, 50, ["--text is too long: the model reads its first 50 words"]),
+        ("zigzagged " * 51, 62, ["--text is too long: the model reads its first 62 tokens"]),
+    ):
+        ids, mask, notes = read_query(tokenizer, text, 64)
+        assert (mask.sum() - 2, notes) == (reads, told)
 
 
 def test_a_caption_loses_the_marks_of_the_original_and_no_other():

@@ -304,7 +304,10 @@ def split_words(text: str) -> list[str]:
     return "".join(f" {c} " if _is_punctuation(c) else c for c in plain).split()
 
 
-def blip_caption(text: str, max_words: int = 50) -> str:
+MAX_WORDS = 50  # of a text, as LAVIS cuts captions by default
+
+
+def blip_caption(text: str, max_words: int = MAX_WORDS) -> str:
     """The cleaning BLIP-2 gives a caption before its tokenizer (LAVIS `BlipCaptionProcessor.pre_caption`).
 
     Lower case; . ! " ( ) * # : ; ~ become spaces; runs of white space one space; at most `max_words` words.
@@ -326,8 +329,10 @@ def read_query(
     if not words.tokenize(whole):
         raise UserError("--text is empty: say what the garment is like, or leave it out")
     notes = []
-    if words.is_cut(whole, max_length) or blip_caption(whole) != whole:
+    if words.is_cut(blip_caption(whole), max_length):
         notes.append(f"--text is too long: the model reads its first {max_length - 2} tokens")
+    elif blip_caption(whole) != whole:
+        notes.append(f"--text is too long: the model reads its first {MAX_WORDS} words")
     cut = {w: any(t[:2] == "##" or t == "[UNK]" for t in words.tokenize(w)) for w in whole.split()}
     if few_words and any(cut.values()):
         notes.append(f"tiny does not know the words {', '.join(w for w in cut if cut[w])}")

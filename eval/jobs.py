@@ -69,11 +69,15 @@ def noted(out: Path) -> list[dict]:
     return rows
 
 
-def hours_of(rows: list[dict]) -> str:
-    """What jobs took: on a GPU, in all; else of CPU time, or, where that was not noted, of their cores."""
+def told_hours(rows: list[dict]) -> str:
+    """What jobs took: on a GPU, in all; else of CPU time, or, where that was not noted, of the time that they held their cores."""
     gpu = [row["seconds"] for row in rows if row.get("device") == "cuda"]
-    cpu = [
-        row.get("cpu seconds", row["seconds"] * row["cores"]) for row in rows if row.get("device") != "cuda"
-    ]
-    told = [f"{sum(cpu) / 3600:.1f} hours of one core"] * bool(cpu)
-    return " and ".join(told + [f"{sum(gpu) / 3600:.1f} hours of jobs on the GPU"] * bool(gpu))
+    others = [row for row in rows if row.get("device") != "cuda"]
+    cpu = [row["cpu seconds"] for row in others if "cpu seconds" in row]
+    held = [row["seconds"] * row["cores"] for row in others if "cpu seconds" not in row]
+    kinds = {
+        "hours of CPU time": cpu,
+        "hours that a core was held, shared with other programs": held,
+        "hours of jobs on the GPU": gpu,
+    }
+    return " and ".join(f"{sum(of) / 3600:.1f} {kind}" for kind, of in kinds.items() if of)

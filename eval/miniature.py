@@ -15,7 +15,7 @@ ViT, VAE and LLM of weights/tiny:
 
 Every variant takes the same number of steps of each task that it has, so those with more tasks train longer: a new objective
 comes on top. What is measured is the last step: nothing is chosen, so nothing can be chosen on the reported
-split. All is measured in float32.
+split. All is measured in float32; the captions that composed search reads are written in training's dtype.
 
 OUT/settings.json   what all was asked for; with anything else, it is another folder's
 OUT/jobs.jsonl      what each job took, sitting by sitting; of a sitting whose parent was killed (-9) nothing
@@ -44,7 +44,7 @@ import train_phase1
 import train_phase2
 from eval import captioning, composed, generation, retrieval, speed
 from eval import miniature_tables as tables
-from eval.jobs import cpu_of_ended, end_with_parent, hours_of, is_done, locked, note, noted, places_of
+from eval.jobs import cpu_of_ended, end_with_parent, is_done, locked, note, noted, places_of, told_hours
 from eval.report import save_json
 from unifashion import Parser, UserError, training
 from unifashion.data import read_json, toy
@@ -62,6 +62,7 @@ DEFAULTS = {
     "device": "auto",
     "dtype": "auto",
 }
+DTYPES = "dtypes of training"
 EVALUATE = 300  # steps between checkpoints
 TRIPLETS = 3  # one in so many of ToyFashion's training triplets
 VARIANTS = {  # the rows of Table 5: tasks, and what Eq. 13 is left without
@@ -247,8 +248,10 @@ def carry_out(args: argparse.Namespace) -> None:
                     running[job] = (start(job, places[place], args), place, time.time())
                 bar.set_postfix_str(", ".join(running))
                 time.sleep(1)
-                for job in [job for job, (process, *_) in running.items() if process.poll() is not None]:
-                    if ended(job):
+                for job in list(running):
+                    if running[job][0].poll() is None:
+                        continue
+                    if ended(job):  # before the next is asked, whose CPU time counts from then
                         raise UserError(f"{job} failed: {log_of(args.out, job)} tells why")
                     done.add(job)
                     bar.update()
@@ -282,7 +285,8 @@ def log_of(out: Path, job: str) -> Path:
 
 def agree(args: argparse.Namespace) -> None:
     """Write OUT/settings.json. Raise UserError, having written nothing, if OUT was begun with others: rows would not be comparable."""
-    dtype = str(training.compute_dtype(training.pick_device(args.device), args.dtype))
+    dtype = training.compute_dtype(training.pick_device(args.device), args.dtype)
+    dtype = str(dtype).removeprefix("torch.")
     settings = {
         "steps of phase 1": STEPS,
         "steps of phase 2": TASK_STEPS,
@@ -290,20 +294,24 @@ def agree(args: argparse.Namespace) -> None:
         "one triplet in": TRIPLETS,
         "trained on": read_json(args.world / "toy.json"),
         "searched": read_json(args.search / "toy.json"),
-        # of each seed by itself: rows are compared within a seed, and the next seed may find another machine
-        **{dtype_key(seed): dtype.removeprefix("torch.") for seed in args.seeds},
     }
     settings, file = json.loads(json.dumps(settings)), args.out / "settings.json"
-    before = read_json(file) if file.is_file() else {}
-    if other := [f"{k} {before[k]}, not {v}" for k, v in settings.items() if before.get(k, v) != v]:
-        raise UserError(
-            f"{args.out} was begun with {'; '.join(other)}: ask for the same, or name another --out"
-        )
-    save_json(before | settings, file)
+    with locked(args.out):
+        before = read_json(file) if file.is_file() else settings
+        # Each seed has its own: rows are compared within a seed, and the next one may find another machine.
+        dtypes = {seed: x for seed, x in before.pop(DTYPES, {}).items() if is_begun(args.out / seed)}
+        asked = dict.fromkeys((f"seed{seed}" for seed in args.seeds), dtype)
+        pairs = {k: (before.get(k), settings.get(k)) for k in before | settings}
+        pairs |= {f"{seed} in": (dtypes.get(seed, dtype), dtype) for seed in asked}
+        if other := [f"{k} {was}, not {is_now}" for k, (was, is_now) in pairs.items() if was != is_now]:
+            raise UserError(
+                f"{args.out} was begun with {'; '.join(other)}: ask for the same, or name another --out"
+            )
+        save_json(settings | {DTYPES: dtypes | asked}, file)
 
 
-def dtype_key(seed: int) -> str:
-    return f"dtype of seed {seed}"
+def is_begun(home: Path) -> bool:
+    return home.is_dir() and any(file.name != "lock" for file in home.iterdir())
 
 
 # How it is told
@@ -330,21 +338,14 @@ def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
     verdicts: dict[str, dict[str, None]] = {}
     for run, of in told:
         verdicts.setdefault(of["verdict"], {})[run] = None
-    absent = [
-        f"seed{k}/{run}"
-        for k, runs in results.items()
-        for run in tables.NAMES
-        if set(runs.get(run, ())) != measured_of(run)
-    ]
+    pairs = [(k, runs, run) for k, runs in results.items() for run in tables.NAMES]
+    absent = [f"seed{k}/{run}" for k, runs, run in pairs if set(runs.get(run, ())) != measured_of(run)]
     trained = [
-        args.out / f"seed{seed}" / run / "last/state.json" for seed in results for run in results[seed]
+        args.out / f"seed{seed}" / run / "last/state.json" for seed in results for run in (*STEPS, *VARIANTS)
     ]
-    settings = args.out / "settings.json"
-    asked = (
-        read_json(settings)
-        if settings.is_file()
-        else {"steps of phase 1": STEPS, "steps of phase 2": TASK_STEPS}
-    )
+    file = args.out / "settings.json"
+    asked = {"steps of phase 1": STEPS, "steps of phase 2": TASK_STEPS}
+    asked |= read_json(file) if file.is_file() else {}
     device = training.pick_device(args.device)
     here = speed.machine(device, training.compute_dtype(device, args.dtype))
     machines = sorted({row["machine"] for row in took if "machine" in row})
@@ -353,11 +354,11 @@ def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
         "command": "; ".join(f"`{command}`" for command in commands_of(args, results, asked)),
         "commit": ", ".join(sorted(commits)),
         "machine": "; ".join(machines) or f"not noted; told on {here}",
-        "time": f"at least {hours_of(took)}, in {len({row['job'] for row in took})} jobs",
+        "time": f"{told_hours(took)}, in {len({row['job'] for row in took})} jobs; sittings that were killed (-9) are not in it",
         "seeds": ", ".join(map(str, results)) + f"; not yet measured: {', '.join(absent)}" * bool(absent),
         "steps": "; ".join(
-            f"phase {i}: " + ", ".join(f"{k} {v}" for k, v in steps.items())
-            for i, steps in enumerate((asked["steps of phase 1"], asked["steps of phase 2"]), 1)
+            f"phase {i}: " + ", ".join(f"{k} {v}" for k, v in asked[f"steps of phase {i}"].items())
+            for i in (1, 2)
         ),
         "verdict of the leak guard": ". ".join(
             verdict + f" ({', '.join(runs)})" * (len(verdicts) > 1)
@@ -374,11 +375,11 @@ def commands_of(args: argparse.Namespace, seeds: Iterable[int], asked: dict) -> 
         if getattr(args, name) != DEFAULTS[name]:
             common += [f"--{name}", str(getattr(args, name))]
     short = {"float32": "fp32", "bfloat16": "bf16"}
-    of: dict[str, list[str]] = {}
+    of: dict[str, list[int]] = {}
     for seed in seeds:
-        of.setdefault(short.get(asked.get(dtype_key(seed)), args.dtype), []).append(str(seed))
-    every = [*map(str, SEEDS)]
-    chosen = {dtype: ["--seeds", *some] * (some != every) for dtype, some in of.items()}
+        dtype = asked.get(DTYPES, {}).get(f"seed{seed}")
+        of.setdefault(short.get(dtype, args.dtype), []).append(seed)
+    chosen = {dtype: ["--seeds", *map(str, some)] * (tuple(some) != SEEDS) for dtype, some in of.items()}
     return [shlex.join([*common, "--dtype", dtype, *some]) for dtype, some in chosen.items()]
 
 
@@ -441,8 +442,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     pictures = {seed: os.path.relpath(sheet, file.parent) for seed, sheet in sheets.items()}
     report = tables.report(results, about(args, results), pictures)
-    print(report)
     save_text(report, file)
+    print(report)
 
 
 if __name__ == "__main__":

@@ -163,12 +163,11 @@ def test_a_folder_that_was_begun_with_other_settings_is_refused(tmp_path, monkey
         (folder / "toy.json").write_text(json.dumps({"seed": 0}))
         setattr(args, name, folder)
     miniature.agree(args)
+    (tmp_path / "seed0/align").mkdir(parents=True)
     before = (tmp_path / "settings.json").read_text()
     miniature.agree(args)
     half = Namespace(**vars(args) | {"dtype": "bf16"})
-    with pytest.raises(
-        UserError, match="was begun with dtype of seed 0 float32, not bfloat16: ask for the same"
-    ):
+    with pytest.raises(UserError, match="was begun with seed0 in float32, not bfloat16: ask for the same"):
         miniature.agree(half)
     monkeypatch.setitem(miniature.STEPS, "align", 7)
     with pytest.raises(UserError, match="begun with steps of phase 1 {'align': 600, .*, not {'align': 7"):
@@ -181,8 +180,17 @@ def test_a_folder_that_was_begun_with_other_settings_is_refused(tmp_path, monkey
     (tmp_path / "search/toy.json").write_text(json.dumps({"seed": 0}))
     half.seeds = (1,)  # another seed may be of another dtype
     miniature.agree(half)
-    dtypes = {"dtype of seed 0": "float32", "dtype of seed 1": "bfloat16"}
+    dtypes = {"dtypes of training": {"seed0": "float32", "seed1": "bfloat16"}}
     assert json.loads((tmp_path / "settings.json").read_text()) == json.loads(before) | dtypes
+    half.seeds, half.dtype = (1, 2), "fp32"  # nothing of seed 1 is there yet
+    miniature.agree(half)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["dtypes of training"] == {"seed0": "float32", "seed1": "float32", "seed2": "float32"}
+    (tmp_path / "settings.json").write_text(
+        json.dumps(settings | {"dtype": "bfloat16"})
+    )  # of an earlier form
+    with pytest.raises(UserError, match="was begun with dtype bfloat16, not None"):
+        miniature.agree(half)
 
 
 def test_a_line_that_a_kill_cut_short_is_no_job_that_is_done(tmp_path):
@@ -231,12 +239,15 @@ def test_the_report_says_how_it_came_about(tmp_path, results):
         '{"steps of phase 1": {"align": 7}, "steps of phase 2": {"cir": 9}}'
     )
     assert miniature.about(args, results)["steps"] == "phase 1: align 7; phase 2: cir 9"
-    asked = {"dtype of seed 0": "bfloat16", "dtype of seed 1": "float32"}
+    asked = {"dtypes of training": {"seed0": "bfloat16", "seed1": "float32"}}
     assert miniature.commands_of(args, (0, 1), asked) == [
         f"python -m eval.miniature --data toy=w --dtype {dtype} --seeds {seed}"
         for seed, dtype in enumerate(("bf16", "fp32"))
     ]
-    assert told["time"] == "at least 2.0 hours of one core and 2.0 hours of jobs on the GPU, in 2 jobs"
+    held = "1.0 hours that a core was held, shared with other programs"
+    assert told["time"].startswith(
+        f"1.0 hours of CPU time and {held} and 2.0 hours of jobs on the GPU, in 2 jobs; "
+    )
     assert told["machine"] == "one; two" and told["commit"] == "a, b"
     assert told["verdict of the leak guard"] == "clean"
     assert told["seeds"].startswith("0, 1, 2; not yet measured: seed0/generate, seed0/q2i, seed1/generate")
@@ -364,13 +375,14 @@ def test_table_5_has_the_figure_of_design_as_the_papers(results):
     assert tables.table5({}).splitlines()[0].endswith("| FIG: Fréchet, design | FIG: true attributes % |")
 
 
-def test_the_document_tells_what_was_kept():
-    root = Path(__file__).parent.parent
-    results = miniature.results_of(root / "docs/miniature", miniature.SEEDS)
+def test_the_document_tells_what_was_kept(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = miniature.parse(["--data", "toy", "--jobs", "0", "--out", "docs/miniature"])
+    results = miniature.results_of(args.out, args.seeds)
     pictures = {seed: f"../docs/miniature/seed{seed}/diff/drawn.png" for seed in results}
-    told = tables.report(results, {}, pictures).partition("## Table 1")[2]
-    assert told == (root / "eval/miniature.md").read_text().partition("## Table 1")[2]
-    assert all((root / "eval" / picture).is_file() for picture in pictures.values())
+    told = tables.report(results, miniature.about(args, results), pictures)
+    assert told == Path("eval/miniature.md").read_text()
+    assert all((ROOT / "eval" / picture).is_file() for picture in pictures.values())
 
 
 @pytest.mark.slow

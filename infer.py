@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unifashion import Parser, UserError
+from unifashion import Parser, UserError, exit_if_unread
 
 if TYPE_CHECKING:
     import torch
@@ -432,14 +432,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         args.run(args)
+        sys.stdout.flush()  # while a reader that has left is looked for
     except UserError as error:
         print("infer.py:", plain(" ".join(str(error).splitlines())), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("infer.py: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        exit_if_unread()
+        raise  # another pipe's: a bug
     return 0
 
 

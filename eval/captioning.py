@@ -344,6 +344,8 @@ def main(argv: list[str] | None = None) -> None:
         "data sha256": str(fingerprint),
         **verdict.lines(),
     }
+    if args.out:
+        save_json({**report, "results": results}, args.out)
     print(*(f"{k:<28}{value}" for k, value in report.items()), sep="\n")
     for style in styles:
         print(table(style, cases[style], seconds[style], results[style]))
@@ -352,8 +354,6 @@ def main(argv: list[str] | None = None) -> None:
     if name == "fashiongen":
         of_data = cases["fashiongen"]
         print(beside_the_paper([case.caption.text for case in of_data], [case.reference for case in of_data]))
-    if args.out:
-        save_json({**report, "results": results}, args.out)
 
 
 if __name__ == "__main__":

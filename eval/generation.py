@@ -355,15 +355,15 @@ def main(argv: list[str] | None = None) -> None:
         "judge on the truth": {"fingerprint": judge_key, **{k: on_truth[k] for k in (*ATTRIBUTES, "IoU")}},
         f"{FRECHET}, two halves": round(fid_floor(truth.features), 4) if len(cases) > 3 else None,
     }
-    print(*(f"{name:<28}{value}" for name, value in report.items()), sep="\n")
-    if on_truth["colour"] < 99:
-        print("the palette rule is below 99 % on the truth: do not trust the colours")
-    print(*(table(condition, results[condition]) for condition in CONDITIONS), sep="\n")
     if args.out:
         save_json({**report, "results": results}, args.out)
     if args.sheet:
         made = [next(iter(rows[condition].values())).first for condition in CONDITIONS]
         save_sheet(cases, [*made, truth.first], args.sheet)
+    print(*(f"{name:<28}{value}" for name, value in report.items()), sep="\n")
+    if on_truth["colour"] < 99:
+        print("the palette rule is below 99 % on the truth: do not trust the colours")
+    print(*(table(condition, results[condition]) for condition in CONDITIONS), sep="\n")
 
 
 if __name__ == "__main__":

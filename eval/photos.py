@@ -339,14 +339,14 @@ def tell(
         drawn=". Drawn pictures: Inception and CLIP know photographs, the figures say nothing of them"
         * drawn,
     )
+    if args.out:
+        paper = {} if drawn else {k: list(v) for k, v in PAPER[name].items()}
+        of_file = {"not measured": networks.lacking, "protocol": told, "paper, unpaired": paper}
+        save_json({**report, **of_file, "results": results}, args.out)
     print(*(f"{k:<28}{v}" for k, v in report.items()), sep="\n")
     print(*(table(name, pairing, rows, paper=not drawn) for pairing, rows in results.items()), sep="\n")
     print(*(f"{figure}: not measured: {why}" for figure, why in networks.lacking.items()), sep="\n")
     print(told, *([] if drawn else [PROTOCOL_OF_THE_PAPER]), sep="\n")
-    if args.out:
-        paper = {} if drawn else {k: list(v) for k, v in PAPER[name].items()}
-        report |= {"not measured": networks.lacking, "protocol": told, "paper, unpaired": paper}
-        save_json({**report, "results": results}, args.out)
 
 
 def settings_of(

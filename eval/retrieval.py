@@ -254,10 +254,10 @@ def fashiongen(path: Path, argv: list[str] | None, args: argparse.Namespace, beg
         "data sha256": str(fingerprint),
         **verdict.lines(),
     }
-    print(*(f"{k:<28}{value}" for k, value in report.items()), sep="\n")
-    print(gallery_table(figures, len(data), len(texts), drawn=world is not None))
     if args.out:
         save_json({**report, "figures": figures}, args.out)
+    print(*(f"{k:<28}{value}" for k, value in report.items()), sep="\n")
+    print(gallery_table(figures, len(data), len(texts), drawn=world is not None))
 
 
 def toyfashion(world: Path, argv: list[str] | None, args: argparse.Namespace, began: float) -> None:
@@ -299,10 +299,10 @@ def toyfashion(world: Path, argv: list[str] | None, args: argparse.Namespace, be
         "data sha256": str(fingerprint),
         **verdict.lines(),
     }
-    print(*(f"{k:<28}{value}" for k, value in report.items()), sep="\n")
-    print(table(args.style, len(garments), figures))
     if args.out:
         save_json({**report, "figures": figures}, args.out)
+    print(*(f"{k:<28}{value}" for k, value in report.items()), sep="\n")
+    print(table(args.style, len(garments), figures))
 
 
 if __name__ == "__main__":

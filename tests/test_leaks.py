@@ -316,17 +316,19 @@ def test_who_reads_the_first_line_alone_sees_no_traceback(tmp_path: Path):
     rows, queries, pool = prose(20)
     write_fashioniq(tmp_path, queries, pool)
     file = write_rows(tmp_path / "good.json", rows)
-    command = [
-        sys.executable,
-        "-u",
-        "-m",
-        "eval.leaks",
-        "--captions",
-        str(file),
-        "--data",
-        f"fashioniq={tmp_path}",
-    ]
+    flags = ["--captions", str(file), "--data", f"fashioniq={tmp_path}"]
+    command = [sys.executable, "-m", "eval.leaks", *flags]
     reading = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    reading.stdout.close()
+    assert (reading.stderr.read(), reading.wait()) == (b"", 141)
+
+
+def test_what_is_written_at_the_very_end_misses_its_reader_no_less():
+    """Less than a pipe's buffer holds is written when all is done."""
+    code = "from unifashion import training\ntraining.run(lambda: print('all'))"
+    reading = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
     reading.stdout.close()
     assert (reading.stderr.read(), reading.wait()) == (b"", 141)
 

@@ -23,14 +23,15 @@ def program() -> str:
     return module() or Path(sys.argv[0]).name
 
 
-def reader_has_left() -> bool:
-    """Whether stdout is a pipe that nobody reads any more, as after `| head`; then what is still to be written there goes nowhere."""
+def exit_if_unread() -> None:
+    """Exit code 141, as of SIGPIPE, if stdout is a pipe that nobody reads any more, as after `| head`; else nothing."""
     asked = select.poll()
     asked.register(sys.stdout.fileno(), 0)
-    left = any(event & select.POLLERR for _, event in asked.poll(0))
-    if left:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return left
+    if any(event & select.POLLERR for _, event in asked.poll(0)):
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what is still to be written goes nowhere
+        sys.exit(141)
 
 
 class Parser(argparse.ArgumentParser):

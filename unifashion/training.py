@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unifashion import UserError, parallel, program, reader_has_left
+from unifashion import UserError, exit_if_unread, parallel, program
 from unifashion.config import PRESETS
 from unifashion.data import read_json, toy
 
@@ -191,6 +191,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's main: what the user got wrong is one line on stderr and exit code 2."""
     try:
         main()
+        sys.stdout.flush()  # while a reader that has left is looked for
     except UserError as error:  # from a DataLoader's worker it comes with the worker's traceback before it
         told = str(error).strip().rpartition("\nunifashion.UserError: ")[2].splitlines()
         parallel.print_error_once(f"{program()}: {' '.join(told)}")
@@ -200,9 +201,8 @@ def run(main: Callable[[], None]) -> None:
             raise
         sys.exit(2)
     except BrokenPipeError:
-        if not reader_has_left():  # another pipe: a bug
-            raise
-        sys.exit(141)  # as of SIGPIPE: it is not done
+        exit_if_unread()
+        raise  # another pipe's: a bug
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

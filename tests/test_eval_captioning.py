@@ -384,14 +384,30 @@ def test_fashiongen_itself_is_set_beside_the_paper(command, world):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    ["--samples 1", "--batch-size 0", "--max-tokens 0", "--beams 0", "--beams 1000", "--seed -1", "--show -1",
-     "--styles vogue", "--styles", "--captions no/folder.jsonl", "--out no/folder.json", "--out .", "--data vitonhd", "--data fashiongen --split test",
-     "--data fashiongen --styles fashion200k", "--device tpu", "--split train"],
-)  # fmt: skip
-def test_wrong_input_is_refused_before_any_work(command, flags, monkeypatch):
+    ("flags", "told"),
+    {
+        "--samples 1": "--samples must be at least 2",
+        "--batch-size 0": "--batch-size at least 1",
+        "--max-tokens 0": "--max-tokens is 0, must be 1 to",
+        "--beams 0": "--beams is 0, must be 1 to 32",
+        "--beams 1000": "--beams is 1000, must be 1 to 32",
+        "--seed -1": "--seed is -1, must be 0 or more",
+        "--show -1": "--show 0 or more",
+        "--styles vogue": "--styles: invalid choice: 'vogue'",
+        "--styles": "--styles: expected at least one argument",
+        "--captions no/folder.jsonl": "no/folder.jsonl cannot be written",
+        "--out no/folder.json": "no/folder.json cannot be written",
+        "--out .": ". cannot be written",
+        "--data vitonhd": "unknown data set 'vitonhd'",
+        "--data fashiongen --split test": "FashionGen has the split val and captions of its own style",
+        "--data fashiongen --styles fashion200k": "FashionGen has the split val and captions of its own style",
+        "--device tpu": "unknown device 'tpu'",
+        "--split train": "--split: invalid choice: 'train'",
+    }.items(),
+)
+def test_wrong_input_is_refused_before_any_work(command, flags, told, monkeypatch):
     monkeypatch.setattr(captioning, "load_unifashion", lambda *_, **__: pytest.fail("work was begun"))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=re.escape(told)):
         command(*flags.split())
 
 
@@ -400,6 +416,15 @@ def test_a_fashiongen_that_is_not_whole_is_refused(command, world, tmp_path, mon
     folder = shutil.copytree(toy.part(world, "fashiongen", True), tmp_path / "real")
     with pytest.raises(UserError, match="has 12 rows, not 32528"):
         command("--data", f"fashiongen={folder}")
+
+
+def test_a_damaged_picture_leaves_no_figure(command, world, tmp_path, capsys):
+    broken = copy_of(world, tmp_path / "broken")
+    for file in sorted((broken / SHORT / "women").rglob("*.jpeg")):
+        file.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        command("--data", f"toy={broken}", "--styles", SHORT, "--out", tmp_path / "out.json")
+    assert capsys.readouterr().out == "" and not (tmp_path / "out.json").exists()
 
 
 def test_captions_too_long_for_the_llm_are_refused(command, monkeypatch):

@@ -392,13 +392,22 @@ def test_missing_queries_or_pictures_are_told_before_any_work(command, world, tm
 
 
 @pytest.mark.parametrize(
-    "flags",
-    ["--batch-size 0", "--seed -1", "--out no/folder.json", "--out .", "--data vitonhd", "--data fashioniq --split test",
-     "--captions no.jsonl", "--captions", "--split train"],
-)  # fmt: skip
-def test_wrong_input_is_refused_before_any_work(command, flags, monkeypatch):
+    ("flags", "told"),
+    {
+        "--batch-size 0": "--batch-size must be at least 1",
+        "--seed -1": "--seed 0 or more",
+        "--out no/folder.json": "no/folder.json cannot be written",
+        "--out .": ". cannot be written",
+        "--data vitonhd": "unknown data set 'vitonhd'",
+        "--data fashioniq --split test": "Fashion-IQ's test has no published targets",
+        "--captions no.jsonl": "no.jsonl cannot be read",
+        "--captions": "--captions: expected at least one argument",
+        "--split train": "--split: invalid choice: 'train'",
+    }.items(),
+)
+def test_wrong_input_is_refused_before_any_work(command, flags, told, monkeypatch):
     monkeypatch.setattr(composed, "load", lambda *_: pytest.fail("work was begun"))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=re.escape(told)):
         command(*flags.split())
 
 

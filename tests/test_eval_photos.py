@@ -358,10 +358,22 @@ def test_a_single_pair_and_dress_code_are_refused(data, command, tmp_path, monke
         command("mgd", "--keep", str(tmp_path / "made"), at=folder)
 
 
-@pytest.mark.parametrize("flags", ["", "--keep a --generated b", "--keep a --grid ddim:2", "--keep a --guidances 1,2", "--keep a --sheet a.png", "--keep a --seed -1", "--keep a --samples 1", "--keep a --steps 1"])  # fmt: skip
-def test_flags_that_cannot_be_are_refused_before_any_work(flags, command, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    {
+        "": "vitonhd wants --keep FOLDER",
+        "--keep a --generated b": "vitonhd wants --keep FOLDER",
+        "--keep a --grid ddim:2": "--grid, --guidances and --sheet are of toy",
+        "--keep a --guidances 1,2": "--grid, --guidances and --sheet are of toy",
+        "--keep a --sheet a.png": "--grid, --guidances and --sheet are of toy",
+        "--keep a --seed -1": "--seed must be 0 or more",
+        "--keep a --samples 1": "--samples must be at least 2",
+        "--keep a --steps 1": "ddim 1, guidance 2.5: wanted plms or ddim or dpm",
+    }.items(),
+)
+def test_flags_that_cannot_be_are_refused_before_any_work(flags, told, command, monkeypatch):
     monkeypatch.setattr(photos, "read_asked", lambda *_: pytest.fail("work was begun"))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=told):
         command("vitonhd", *flags.split())
 
 

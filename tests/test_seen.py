@@ -204,7 +204,8 @@ def test_a_record_is_put_into_a_file_that_has_none_and_no_weight_changes(place, 
         assert file.metadata() == beside
     assert "was trained on" in capsys.readouterr().out and not (place / "model.new").exists()
     once = (place / FILE).read_bytes()
-    pretrain.main(["record", "--data", str(place / "toy")])
+    with pytest.raises(UserError, match=f"{FILE} says already what it was trained on: "):
+        pretrain.main(["record", "--data", str(place / "toy")])
     assert (place / FILE).read_bytes() == once
 
 

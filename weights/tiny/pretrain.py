@@ -2,7 +2,7 @@
 
     python -m weights.tiny.pretrain vocab|words|vae|vit|llama --data data/toy    writes over its file in weights/tiny/
     python -m weights.tiny.pretrain ship --init runs/phase2     the best of a run -> weights/tiny/model.safetensors, losses.png
-    python -m weights.tiny.pretrain record --data data/toy      says in that file that this, and nothing else, was trained on
+    python -m weights.tiny.pretrain record --data data/toy      says in a file without a record that this alone was trained on
 
 model.safetensors knows which ViT, VAE, LLM and vocabularies it was trained with, and is not loaded beside others: it then has to be
 trained anew. --out, runs/PART if not given, holds checkpoints and curves. It also knows what it was trained on (`unifashion.seen`): training
@@ -305,10 +305,16 @@ def write_words() -> None:
 
 
 def add_record(path: Path, root: Path) -> None:
-    """Into the shipped file the record that all it was trained on is the ToyFashion at `root`; weights and metadata stay."""
+    """
+    Into the shipped file the record that all it was trained on is the ToyFashion at `root`; weights and metadata stay.
+
+    Raises UserError for a file that has a record: its training wrote that, and knows better.
+    """
     with safe_open(path, "pt") as file:
         beside = file.metadata()
-    weights, _ = seen.apart(load_file(path), path)
+    weights, before = seen.apart(load_file(path), path)
+    if before:
+        raise UserError(f"{path} says already what it was trained on: {seen.read_record(path).told()}")
     new = path.with_suffix(".new")
     chosen = {f"{seen.CHOSEN}{CHOSEN_ON}": seen.nothing()}
     save_file(weights | seen.record([MGD(root / "vitonhd", "train")]) | chosen, new, beside)

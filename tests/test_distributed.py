@@ -24,8 +24,8 @@ from unifashion import runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-STEPS = 10
-MIXED = 12  # three of each task
+STEPS = 6
+MIXED = 8  # two of each task
 CUT = ["1 caption", "1 generate", "2 cir", "2 tryon"]  # with something to cut into shards
 JOBS = {  # run: what, steps, hooks
     **{what: (what, STEPS, ["double"]) for what in ("1 align", *CUT)},

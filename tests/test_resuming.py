@@ -225,6 +225,18 @@ def test_a_signal_asks_for_the_end_and_a_second_one_is_obeyed_at_once(sign):
             signal.signal(s, handler)
 
 
+def test_a_signal_that_comes_while_the_processes_agree_is_for_the_next_step(monkeypatch):
+    stop = training.Stop()
+
+    def any_process(flag: bool) -> bool:
+        """All have sent what they know; the signal comes while they wait for one another."""
+        stop.asked = True
+        return flag
+
+    monkeypatch.setattr(training.parallel, "any_process", any_process)
+    assert [stop.asked_anywhere() for _ in range(2)] == [False, True]
+
+
 def test_a_full_disk_is_one_line_wherever_it_was_met_and_other_failures_are_not_hidden(capsys):
     def write(number: int) -> None:
         raise OSError(number, "what the system says", "metrics.jsonl")

@@ -433,9 +433,8 @@ class Stop:
             signal.signal(signum, signal.SIG_DFL)
 
     def asked_anywhere(self) -> bool:
-        """Whether it was asked of any process: all leave after the same step."""
-        self.asked = parallel.any_process(self.asked)
-        return self.asked
+        """Whether it was asked of any process: all leave after the same step. What comes while they agree is for the next step."""
+        return parallel.any_process(self.asked)
 
 
 def fast_malloc() -> None:

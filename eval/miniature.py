@@ -234,7 +234,8 @@ def carry_out(args: argparse.Namespace) -> None:
     with ExitStack() as locks:
         for seed in args.seeds:
             locks.enter_context(locked(args.out / f"seed{seed}"))
-        waiting = {job: needs for seed in args.seeds for job, needs in jobs_of(seed).items()}
+        jobs = [job for seed in args.seeds for job in jobs_of(seed).items()]
+        waiting = dict(sorted(jobs, key=lambda job: "/q2i" in job[0]))  # what the paper has not comes last
         done = {job for job in waiting if is_done(args.out, job)}
         bar = tqdm(total=len(waiting), initial=len(done), desc="jobs", unit="job", disable=args.quiet)
         waiting = {job: needs for job, needs in waiting.items() if job not in done}
@@ -436,9 +437,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.out} holds no results: leave --jobs out")
     file = args.report or args.out / "miniature.md"
     sheets = {
-        seed: args.out / f"seed{seed}/diff/drawn.png"
-        for seed in results
-        if "generation" in results[seed].get("diff", {})
+        k: args.out / f"seed{k}/diff/drawn.png" for k in results if "generation" in results[k].get("diff", {})
     }
     pictures = {seed: os.path.relpath(sheet, file.parent) for seed, sheet in sheets.items()}
     report = tables.report(results, about(args, results), pictures)

@@ -72,6 +72,12 @@ def test_all_jobs_are_done_once_each_after_its_needs(tmp_path, monkeypatch):
     assert (tmp_path / "order").read_text().split() == order
 
 
+def test_what_the_paper_has_not_is_done_when_all_seeds_have_its_rows(tmp_path, monkeypatch):
+    order = carried_out(tmp_path, monkeypatch, seeds=(0, 1), jobs=1)
+    assert {job.split("/")[1] for job in order[-4:]} == {"q2i"}
+    assert sorted(order) == sorted([*miniature.jobs_of(0), *miniature.jobs_of(1)])
+
+
 def test_the_time_that_a_job_took_is_its_own_not_others(tmp_path, monkeypatch):
     """On a machine where others are at work, too, a job's wall time says little."""
     program = "import time\nwhile job.endswith('/align') and time.process_time() < 1.6: pass\n"

@@ -42,9 +42,8 @@ from tqdm import tqdm
 import infer
 import train_phase1
 import train_phase2
-from eval import captioning, composed, generation, retrieval, speed
+from eval import captioning, composed, generation, jobs, retrieval, speed
 from eval import miniature_tables as tables
-from eval.jobs import cpu_of_ended, end_with_parent, is_done, locked, note, noted, places_of, told_hours
 from eval.report import save_json
 from unifashion import Parser, UserError, training
 from unifashion.data import read_json, toy
@@ -81,13 +80,13 @@ def jobs_of(seed: int) -> dict[str, list[str]]:
     """{job: those that must be done before}, those that take longest first: so no core waits for the last of them."""
     s = f"seed{seed}"
     longest_first = [*reversed(VARIANTS)]
-    jobs = {f"{s}/align": [], f"{s}/caption": [f"{s}/align"]}
-    jobs |= {f"{s}/generate": [f"{s}/caption"], f"{s}/annotate": [f"{s}/caption"]}
-    jobs |= {f"{s}/{name}": [f"{s}/generate", f"{s}/annotate"] for name in longest_first}
+    order = {f"{s}/align": [], f"{s}/caption": [f"{s}/align"]}
+    order |= {f"{s}/generate": [f"{s}/caption"], f"{s}/annotate": [f"{s}/caption"]}
+    order |= {f"{s}/{name}": [f"{s}/generate", f"{s}/annotate"] for name in longest_first}
     measured = {
         f"{s}/{name}/measure": [f"{s}/{name}", f"{s}/annotate"] for name in (*longest_first, "generate")
     }
-    return jobs | measured
+    return order | measured
 
 
 def do(job: str, args: argparse.Namespace) -> None:
@@ -217,26 +216,26 @@ def measure(run: Path, home: Path, args: argparse.Namespace) -> None:
 
 def carry_out(args: argparse.Namespace) -> None:
     """All jobs that are not done, `args.jobs` at a time, each in a process of its own, on a CPU pinned to its own cores."""
-    places, device = places_of(args.jobs), training.pick_device(args.device)
+    places, device = jobs.places_of(args.jobs), training.pick_device(args.device)
     on = {"device": device.type, "machine": speed.machine(device, training.compute_dtype(device, args.dtype))}
     running: dict[str, tuple[subprocess.Popen, int, float]] = {}
-    cpu = cpu_of_ended()
+    cpu = jobs.cpu_of_ended()
 
     def ended(job: str) -> int:
         nonlocal cpu
         process, place, began = running.pop(job)
         row = {"job": job, "code": process.returncode, "seconds": round(time.time() - began)}
-        row |= {"cpu seconds": round(cpu_of_ended() - cpu), "cores": len(places[place]), **on}
-        cpu = cpu_of_ended()
-        note(args.out, row)
+        row |= {"cpu seconds": round(jobs.cpu_of_ended() - cpu), "cores": len(places[place]), **on}
+        cpu = jobs.cpu_of_ended()
+        jobs.note(args.out, row)
         return process.returncode
 
     with ExitStack() as locks:
         for seed in args.seeds:
-            locks.enter_context(locked(args.out / f"seed{seed}"))
-        jobs = [job for seed in args.seeds for job in jobs_of(seed).items()]
-        waiting = dict(sorted(jobs, key=lambda job: "/q2i" in job[0]))  # what the paper has not comes last
-        done = {job for job in waiting if is_done(args.out, job)}
+            locks.enter_context(jobs.locked(args.out / f"seed{seed}"))
+        every = [job for seed in args.seeds for job in jobs_of(seed).items()]
+        waiting = dict(sorted(every, key=lambda job: "/q2i" in job[0]))  # what the paper has not comes last
+        done = {job for job in waiting if jobs.is_done(args.out, job)}
         bar = tqdm(total=len(waiting), initial=len(done), desc="jobs", unit="job", disable=args.quiet)
         waiting = {job: needs for job, needs in waiting.items() if job not in done}
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what follows is done
@@ -297,7 +296,7 @@ def agree(args: argparse.Namespace) -> None:
         "searched": read_json(args.search / "toy.json"),
     }
     settings, file = json.loads(json.dumps(settings)), args.out / "settings.json"
-    with locked(args.out):
+    with jobs.locked(args.out):
         before = read_json(file) if file.is_file() else settings
         # Each seed has its own: rows are compared within a seed, and the next one may find another machine.
         dtypes = {seed: x for seed, x in before.pop(DTYPES, {}).items() if is_begun(args.out / seed)}
@@ -332,7 +331,8 @@ def results_of(out: Path, seeds: Sequence[int]) -> tables.Results:
 
 def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
     """What a reader must know of how the figures came about."""
-    took = [row for row in noted(args.out) if int(row["job"].split("/")[0].removeprefix("seed")) in results]
+    rows = jobs.noted(args.out)
+    took = [row for row in rows if int(row["job"].split("/")[0].removeprefix("seed")) in results]
     told = [
         (f"seed{k}/{run}", of) for k, runs in results.items() for run in runs for of in runs[run].values()
     ]
@@ -355,7 +355,7 @@ def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
         "command": "; ".join(f"`{command}`" for command in commands_of(args, results, asked)),
         "commit": ", ".join(sorted(commits)),
         "machine": "; ".join(machines) or f"not noted; told on {here}",
-        "time": f"{told_hours(took)}, in {len({row['job'] for row in took})} jobs; sittings that were killed (-9) are not in it",
+        "time": f"{jobs.told_hours(took)}, in {len({row['job'] for row in took})} jobs; sittings that were killed (-9) are not in it",
         "seeds": ", ".join(map(str, results)) + f"; not yet measured: {', '.join(absent)}" * bool(absent),
         "steps": "; ".join(
             f"phase {i}: " + ", ".join(f"{k} {v}" for k, v in asked[f"steps of phase {i}"].items())
@@ -401,7 +401,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--report", type=Path, metavar="FILE", help="Markdown (default: miniature.md in --out)")
     add("--job", help=argparse.SUPPRESS)
     add("--device", help="auto | cpu | cuda")
-    add("--dtype", choices=["auto", "fp32", "bf16"], help="of training; auto: bf16 on CUDA, else fp32")
+    add("--dtype", choices=["auto", "fp32", "bf16"], help="of training; auto: bf16 where it is quick")
     add("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(**DEFAULTS)
     args = parser.parse_args(argv)
@@ -418,6 +418,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    args.dtype = jobs.quick_dtype(training.pick_device(args.device)) if args.dtype == "auto" else args.dtype
     args.world = training.name_and_path(args.data, ("toy",))[1]
     if args.job or args.jobs:  # telling needs no world
         args.world = training.toy_folder(args.world)
@@ -425,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
             toy.ensure(args.search, seed=1, train=0, val=0, test=2000)
         args.search = training.toy_folder(args.search)
     if args.job:
-        end_with_parent()
+        jobs.end_with_parent()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
         return do(args.job, args)
     if args.jobs:

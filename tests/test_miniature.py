@@ -11,6 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_phase1
 import train_phase2
@@ -40,13 +41,13 @@ def test_the_variants_are_table_5s():
 
 
 def test_every_job_comes_after_what_it_needs():
-    jobs = miniature.jobs_of(1)
-    order = list(jobs)
-    assert all(order.index(need) < order.index(job) for job, needs in jobs.items() for need in needs)
-    assert jobs["seed1/diff/measure"] == ["seed1/diff", "seed1/annotate"]
+    needed = miniature.jobs_of(1)
+    order = list(needed)
+    assert all(order.index(need) < order.index(job) for job, needs in needed.items() for need in needs)
+    assert needed["seed1/diff/measure"] == ["seed1/diff", "seed1/annotate"]
     variants = [job for job in order if job.count("/") == 1][4:]
     assert variants == [f"seed1/{name}" for name in reversed(miniature.VARIANTS)]  # the longest first
-    assert not set(jobs) & set(miniature.jobs_of(2))  # seeds share nothing
+    assert not set(needed) & set(miniature.jobs_of(2))  # seeds share nothing
 
 
 def carried_out(tmp_path, monkeypatch, program="", **settings):
@@ -65,9 +66,9 @@ def carried_out(tmp_path, monkeypatch, program="", **settings):
 
 def test_all_jobs_are_done_once_each_after_its_needs(tmp_path, monkeypatch):
     order = carried_out(tmp_path, monkeypatch)
-    jobs = miniature.jobs_of(0)
-    assert sorted(order) == sorted(jobs)
-    assert all(order.index(need) < order.index(job) for job in jobs for need in jobs[job])
+    needs = miniature.jobs_of(0)
+    assert sorted(order) == sorted(needs)
+    assert all(order.index(need) < order.index(job) for job in needs for need in needs[job])
     carried_out(tmp_path, monkeypatch)  # nothing is left to do
     assert (tmp_path / "order").read_text().split() == order
 
@@ -82,7 +83,7 @@ def test_the_time_that_a_job_took_is_its_own_not_others(tmp_path, monkeypatch):
     """On a machine where others are at work, too, a job's wall time says little."""
     program = "import time\nwhile job.endswith('/align') and time.process_time() < 1.6: pass\n"
     carried_out(tmp_path, monkeypatch, program + "if job.endswith('/caption'): time.sleep(1.6)")
-    took = {row["job"]: row for row in miniature.noted(tmp_path)}
+    took = {row["job"]: row for row in jobs.noted(tmp_path)}
     assert took["seed0/align"]["cpu seconds"] in (2, 3) and took["seed0/caption"]["cpu seconds"] < 2
     assert took["seed0/caption"]["seconds"] >= 2
 
@@ -115,8 +116,8 @@ def test_a_stop_ends_the_jobs_that_run_and_counts_them_as_not_done(sign, error, 
     finally:
         signal.signal(signal.SIGINT, was)
     assert signal.getsignal(signal.SIGTERM) == before
-    assert [row["job"] for row in miniature.noted(tmp_path)] == ["seed0/align"]
-    assert not miniature.is_done(tmp_path, "seed0/align")
+    assert [row["job"] for row in jobs.noted(tmp_path)] == ["seed0/align"]
+    assert not jobs.is_done(tmp_path, "seed0/align")
 
 
 def test_there_are_no_more_jobs_at_a_time_than_cores_and_each_has_its_own(monkeypatch):
@@ -199,13 +200,28 @@ def test_a_folder_that_was_begun_with_other_settings_is_refused(tmp_path, monkey
         miniature.agree(half)
 
 
+@pytest.mark.parametrize(
+    ("device", "has", "dtype"),
+    [
+        ("cuda", {}, "bf16"),
+        ("cpu", {"avx512_bf16": True}, "bf16"),
+        ("cpu", {"amx_bf16": True}, "bf16"),
+        ("cpu", {"avx512_bf16": False, "avx2": True}, "fp32"),
+        ("cpu", {}, "fp32"),
+    ],
+)
+def test_bfloat16_is_for_devices_that_are_made_for_it(device, has, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert jobs.quick_dtype(torch.device(device)) == dtype
+
+
 def test_a_line_that_a_kill_cut_short_is_no_job_that_is_done(tmp_path):
     row = {"job": "seed0/align", "code": 0, "seconds": 3, "cores": 1}
-    miniature.note(tmp_path, row)
+    jobs.note(tmp_path, row)
     with open(tmp_path / "jobs.jsonl", "a") as file:
         file.write(json.dumps(row | {"job": "seed0/caption"})[:30])
-    assert miniature.noted(tmp_path) == [row]
-    assert miniature.is_done(tmp_path, "seed0/align") and not miniature.is_done(tmp_path, "seed0/caption")
+    assert jobs.noted(tmp_path) == [row]
+    assert jobs.is_done(tmp_path, "seed0/align") and not jobs.is_done(tmp_path, "seed0/caption")
 
 
 @pytest.mark.parametrize(
@@ -234,7 +250,7 @@ def test_the_report_says_how_it_came_about(tmp_path, results):
         {"job": "seed7/diff", "code": 0, "seconds": 7200, "cores": 8, "device": "cuda", "machine": "three"},
     ]
     for row in rows:
-        miniature.note(tmp_path, row)
+        jobs.note(tmp_path, row)
     state = tmp_path / "seed0/base/last/state.json"
     state.parent.mkdir(parents=True)
     state.write_text('{"commit": "b"}')
@@ -406,7 +422,7 @@ def test_a_seed_from_nothing_to_its_tables(tmp_path, monkeypatch, capsys):
     flags = ["--data", "toy=toy", "--search", "search", "--out", "out", "--seeds", "0"]
     for job in miniature.jobs_of(0):
         miniature.main([*flags, "--job", job])
-        miniature.note(tmp_path / "out", {"job": job, "code": 0, "seconds": 1, "cores": 1})
+        jobs.note(tmp_path / "out", {"job": job, "code": 0, "seconds": 1, "cores": 1})
     capsys.readouterr()
     miniature.main([*flags, "--jobs", "0"])
     told = capsys.readouterr().out

@@ -411,6 +411,16 @@ def test_wrong_input_is_refused_before_any_work(command, flags, told, monkeypatc
         command(*flags.split())
 
 
+def test_the_figures_are_kept_though_nobody_reads_what_is_printed(command, tmp_path, monkeypatch):
+    def unread(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(composed, "print", unread, raising=False)
+    with pytest.raises(BrokenPipeError):
+        command("--out", tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())["recall"]
+
+
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs the sample annotations: set UNIFASHION_SAMPLES")
 @pytest.mark.parametrize("guided", [True, False])
 def test_the_released_captions_are_refused_also_without_their_guidance(command, tmp_path, guided):

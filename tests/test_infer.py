@@ -1,6 +1,7 @@
 """`infer.py tryon` against its promises: the pixels outside the mask, training's own inputs, seeds, what is told."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -273,6 +274,15 @@ def test_a_text_that_is_too_long_is_cut_and_the_user_told(room: Path, capsys: py
     assert (room / "long.png").read_bytes() == (room / "cut.png").read_bytes()
     assert tryon(room, "--text", "red dress " + "!" * 40, quiet=False) == 0  # cleaned before it is counted
     assert "too long" not in capsys.readouterr().err
+
+
+def test_a_reader_that_has_left_ends_the_command_without_a_traceback():
+    code = "import infer; infer.parse = lambda _: type('', (), {'run': lambda _: print('all')}); exit(infer.main([]))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": Path(infer.__file__).parent}
+    env = os.environ | {"PYTHONUNBUFFERED": ""}  # set, it would hide that all is written at the end
+    reading = subprocess.Popen([sys.executable, "-c", code], env=env, **pipes)
+    reading.stdout.close()
+    assert (reading.stderr.read(), reading.wait()) == (b"", 141)
 
 
 # Seeds and several results

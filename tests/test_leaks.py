@@ -326,9 +326,9 @@ def test_who_reads_the_first_line_alone_sees_no_traceback(tmp_path: Path):
 def test_what_is_written_at_the_very_end_misses_its_reader_no_less():
     """Less than a pipe's buffer holds is written when all is done."""
     code = "from unifashion import training\ntraining.run(lambda: print('all'))"
-    reading = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
+    env = os.environ | {"PYTHONUNBUFFERED": ""}  # set, it would hide that all is written at the end
+    reading = subprocess.Popen([sys.executable, "-c", code], env=env, **pipes)
     reading.stdout.close()
     assert (reading.stderr.read(), reading.wait()) == (b"", 141)
 

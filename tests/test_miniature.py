@@ -266,7 +266,7 @@ def test_the_report_says_how_it_came_about(tmp_path, results):
         f"python -m eval.miniature --data toy=w --dtype {dtype} --seeds {seed}"
         for seed, dtype in enumerate(("bf16", "fp32"))
     ]
-    held = "1.0 hours that a core was held, shared with other programs"
+    held = "1.0 hours of held cores, whatever else ran on them"
     assert told["time"].startswith(
         f"1.0 hours of CPU time and {held} and 2.0 hours of jobs on the GPU, in 2 jobs; "
     )
@@ -405,6 +405,15 @@ def test_the_document_tells_what_was_kept(monkeypatch):
     told = tables.report(results, miniature.about(args, results), pictures)
     assert told == Path("eval/miniature.md").read_text()
     assert all((ROOT / "eval" / picture).is_file() for picture in pictures.values())
+
+
+def test_the_report_is_kept_though_nobody_reads_what_is_printed(tmp_path):
+    flags = ["--data", "toy", "--jobs", "0", "--out", "docs/miniature", "--report", str(tmp_path / "it.md")]
+    command = [sys.executable, "-u", "-m", "eval.miniature", *flags]
+    reading = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    reading.stdout.close()
+    assert (reading.stderr.read(), reading.wait()) == (b"", 141)
+    assert (tmp_path / "it.md").read_text().startswith("# The paper in miniature")
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def told_hours(rows: list[dict]) -> str:
     held = [row["seconds"] * row["cores"] for row in others if "cpu seconds" not in row]
     kinds = {
         "hours of CPU time": cpu,
-        "hours that a core was held, shared with other programs": held,
+        "hours of held cores, whatever else ran on them": held,
         "hours of jobs on the GPU": gpu,
     }
     return " and ".join(f"{sum(of) / 3600:.1f} {kind}" for kind, of in kinds.items() if of)

@@ -317,6 +317,7 @@ CLAIMS = f"""\
 the claim expects or on the other; of a claim that nothing changes, it lies within {MARGIN:.0f} point of 0, or outside. "Not decided":
 neither, and nothing is claimed: with three seeds intervals are wide, and this is no sign that there is no difference. Differences
 are taken seed by seed, from the same phase 1. A seed is another training: data, pictures that are searched, and the frozen ViT,
-VAE and LLM are the same in all; the dtype of training is in a seed, and may differ from seed to seed. A run that has a task more has its steps and its data more, too: that a row is better is told, not
-which of the three makes it so. Each interval is of 95 % by itself: among fifteen, and these share their runs, one that misses the
-truth is about as likely as none. All is drawn: it says nothing about photographs."""
+VAE and LLM are the same in all; the dtype of training may differ between seeds, not within one. A run that has a task more has its
+steps and its data more, too: that a row is better is told, not which of the three makes it so. Each interval is of 95 % by itself:
+among fifteen, and these share their runs, one that misses the truth is about as likely as none. All is drawn: it says nothing about
+photographs."""

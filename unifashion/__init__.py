@@ -28,9 +28,8 @@ def exit_if_unread() -> None:
     asked = select.poll()
     asked.register(sys.stdout.fileno(), 0)
     if any(event & select.POLLERR for _, event in asked.poll(0)):
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is still to be written goes nowhere
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # for what Python still writes when it ends
         sys.exit(141)
 
 

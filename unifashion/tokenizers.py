@@ -13,6 +13,7 @@ import sys
 import unicodedata
 import zlib
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -241,7 +242,7 @@ class CLIPTokenizer:
         pieces[-1] += "</w>"
         unknown = len(self.ranks)
         while len(pieces) > 1:
-            pair = min(zip(pieces, pieces[1:], strict=False), key=lambda pair: self.ranks.get(pair, unknown))
+            pair = min(pairwise(pieces), key=lambda pair: self.ranks.get(pair, unknown))
             if pair not in self.ranks:
                 break
             merged, i = [], 0

@@ -38,6 +38,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
 WRITES, DRAWS = {"text_adapter", "lora"}, {"image_adapter", "style_adapter", "null_context", "unet"}
 
+LONG = pytest.param("2 mixed", marks=pytest.mark.slow)
+
 SHOWN = {  # by an evaluation: captions, pictures, what is found
     "1 align": "txt",
     "1 caption": "txt",
@@ -50,7 +52,7 @@ SHOWN = {  # by an evaluation: captions, pictures, what is found
 }
 
 
-@pytest.mark.parametrize("what", RUNS)
+@pytest.mark.parametrize("what", [*RUNS[:-1], LONG])
 def test_two_steps_and_a_resumed_two_are_four_steps_bit_for_bit(what, place):
     run(what, place, "whole", 4)
     # the schedule follows the number of steps, so the interrupted run asks for four as well and is stopped after two
@@ -107,7 +109,7 @@ def test_every_batch_has_random_numbers_of_its_own(what, place, monkeypatch):
     assert seeds[-8:] == [7 + step for step in range(8)]
 
 
-@pytest.mark.parametrize("what", ["1 caption", "2 mixed"])
+@pytest.mark.parametrize("what", ["1 caption", LONG])
 def test_a_run_killed_before_its_first_checkpoint_starts_again_as_it_was_asked(what, place):
     init = learned_once(place, what)
     run(what, place, "whole", 4, *init)
@@ -250,6 +252,7 @@ def test_a_full_disk_is_one_line_wherever_it_was_met_and_other_failures_are_not_
         training.run(lambda: write(errno.EACCES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["last step", "evaluation"])
 def test_stopped_at_the_end_of_a_stage_the_next_does_not_begin(moment, place, monkeypatch, capsys):
     monkeypatch.setitem(
@@ -344,6 +347,7 @@ def test_stopped_before_its_first_step_it_says_so_in_one_line(capsys):
     assert left.value.code == 130 and capsys.readouterr().err.endswith(": stopped\n")
 
 
+@pytest.mark.slow
 def test_stopped_in_one_stage_the_next_does_not_begin_and_goes_on_when_asked(place, monkeypatch):
     steps = {stage: {**of, "steps": 2} for stage, of in train_phase1.DEFAULTS["tiny"].items()}
     monkeypatch.setitem(train_phase1.DEFAULTS, "tiny", steps)

@@ -293,6 +293,7 @@ def test_an_interrupted_drawing_leaves_no_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_drawing_that_is_told_to_end_leaves_no_folder(tmp_path):
     command = [sys.executable, "-m", "unifashion.data.toy", "--out", str(tmp_path / "toy"), "--quiet"]
     drawing = subprocess.Popen(command, stderr=subprocess.PIPE)

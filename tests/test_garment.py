@@ -251,7 +251,7 @@ def test_the_full_networks_have_exactly_the_tensors_of_the_published_file():
         net, encoder, vae = UNet(UNetConfig()), GarmentEncoder(UNetConfig()), VAE(VAEConfig())
         parts = nn.ModuleDict({"unet": net, "garment": encoder, "vae": vae})
         parts.register_parameter("null_context", nn.Parameter(torch.empty(1, 1, 768)))
-    file = published("stableviton")
+    file = published("stableviton_VITONHD")
     load_into(parts, with_control_convs(file, encoder), STABLEVITON)
     position_ids = "cond_stage_model.transformer.vision_model.embeddings.position_ids"
     pose_file = {**file, position_ids: torch.empty(1, 257)}  # as VITONHD_PBE_pose.ckpt

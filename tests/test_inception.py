@@ -40,7 +40,7 @@ def test_a_picture_of_full_size_equals_pytorch_fid():
 
 def test_the_network_is_the_published_file():
     for whole in (True, False):  # pytorch-fid's edition, and torch-fidelity's, which has no counters
-        names = {k: v for k, v in published("pt_inception").items() if whole or "batches" not in k}
+        names = {k: v for k, v in published("pt_inception_2015_12_05").items() if whole or "batches" not in k}
         assert len(names) == (566 if whole else 472)
         with torch.device("meta"):
             ours = InceptionV3()
@@ -136,7 +136,7 @@ def network(rows: Table = table.INCEPTION) -> InceptionV3:
 def weights() -> dict[str, Tensor]:
     return {
         name: torch.zeros((), dtype=torch.int64) if "batches" in name else numbers(name, tuple(t.shape))
-        for name, t in published("pt_inception").items()
+        for name, t in published("pt_inception_2015_12_05").items()
     }
 
 

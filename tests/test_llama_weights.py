@@ -12,19 +12,19 @@ from unifashion import UserError
 from unifashion.config import FULL
 from unifashion.llama import Llama, LlamaConfig
 from weights import llama
-from weights.llama import LLAMA, LLAVA_HF, read_llama, shards_of
+from weights.containers import shards_of
+from weights.llama import LLAMA, LLAVA_HF, read_llama
 from weights.rename import Table, load_into, rename
 
 CFG = LlamaConfig(vocab_size=31, dim=16, depth=2, heads=2, mlp_dim=24, context=32)
-PUBLISHED = {"vicuna_7b_v1_5": LLAMA, "llava_v1_5_7b": LLAMA, "llava_1_5_7b_hf": LLAVA_HF}
+PUBLISHED = {"vicuna_7b_v1_5": LLAMA, "llava_v1_5_7b_liuhaotian": LLAMA, "llava_1_5_7b_hf": LLAVA_HF}
 
 # the published files
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_full_model_is_the_published_one(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(llama, "shards_of", lambda folder: [folder])
-    monkeypatch.setattr(llama, "read_checkpoint", lambda path: published(name))
+    monkeypatch.setattr(llama, "read_folder", lambda folder: published(name))
     with torch.device("meta"):
         model = Llama(LlamaConfig())
     assert LlamaConfig() == FULL.llama
@@ -38,7 +38,7 @@ def test_what_is_left_out_of_the_published_files_is_known_by_name():
     speeds = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(32)}
     projector = {f"model.mm_projector.{i}.{x}" for i in (0, 2) for x in ("weight", "bias")}
     assert left["vicuna_7b_v1_5"] == speeds
-    assert left["llava_v1_5_7b"] == speeds | projector
+    assert left["llava_v1_5_7b_liuhaotian"] == speeds | projector
     assert {name.split(".")[0] for name in left["llava_1_5_7b_hf"]} == {
         "vision_tower",
         "multi_modal_projector",

@@ -167,7 +167,7 @@ def test_the_inputs_are_unchanged():
 def test_the_full_model_is_the_published_file():
     with torch.device("meta"):
         model = QFormer(FULL.qformer)
-    load_into(model, published("blip2_pretrained"), QFORMER)
+    load_into(model, published("lavis_blip2_pretrained"), QFORMER)
     assert len(model.state_dict()) == 338  # 346 in the file, less 7 of the language head and position_ids
     assert sum(p.numel() for p in model.parameters()) == 186_082_819
 

@@ -2,10 +2,8 @@
 
 import os
 import pickle
-import sys
 import weakref
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,11 +13,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tests.published import published
+from tests.standin import lightning
 from unifashion import UserError
 from unifashion.config import FULL
 from unifashion.vae import VAE
 from weights import vae
-from weights.rename import Table, load_into, read_checkpoint, rename, under
+from weights.containers import read_checkpoint
+from weights.rename import Table, load_into, rename, under
 
 TABLE: Table = {
     "stem.*": "0.*",
@@ -168,7 +168,10 @@ def test_one_file_fills_several_modules():
 def test_a_prefix_stands_before_every_name_of_the_file():
     with torch.device("meta"):
         model = VAE(FULL.vae)
-    file = {f"first_stage_model.{name}": tensor for name, tensor in published("vae_finetuning").items()}
+    file = {
+        f"first_stage_model.{name}": tensor
+        for name, tensor in published("stableviton_VITONHD_VAE_finetuning").items()
+    }
     load_into(model, file, under("first_stage_model.", "", vae.VAE))
     with pytest.raises(UserError, match="no row of the table names it"):
         load_into(model, file, vae.VAE)
@@ -201,14 +204,8 @@ def test_files_are_mapped_and_not_read(tmp_path: Path, name: str):
     assert torch.equal(read_checkpoint(tmp_path / name)["stem.bias"], checkpoint()["stem.bias"])
 
 
-def test_a_lightning_checkpoint_is_read_without_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    name = "pytorch_lightning.callbacks.model_checkpoint"
-    callback = type("ModelCheckpoint", (), {"__module__": name})
-    module = ModuleType(name)
-    module.ModelCheckpoint = callback
-    with monkeypatch.context() as patch:  # the writer has Lightning, the reader has not
-        for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
-            patch.setitem(sys.modules, part, module)
+def test_a_lightning_checkpoint_is_read_without_lightning(tmp_path: Path):
+    with lightning() as callback:  # the writer has Lightning, the reader has not
         callbacks = {callback: {"best_model_score": np.float64(0.25), "monitor": "loss"}}
         content = {"state_dict": checkpoint(), "callbacks": callbacks}
         torch.save(content, tmp_path / "new.ckpt")

@@ -100,13 +100,13 @@ def test_the_predicted_noise_equals_diffusers(channels, groups):
 
 @pytest.mark.parametrize(
     ("file", "channels", "parameters"),
-    [("sd_v1_4_unet", 4, 859_520_964), ("paint_by_example_unet", 9, 859_535_364)],
+    [("sd_v1_4_compvis", 4, 859_520_964), ("pbe_model_ckpt_compvis", 9, 859_535_364)],
 )
 def test_the_full_network_has_exactly_the_tensors_of_the_published_file(file, channels, parameters):
     with torch.device("meta"):
         net = UNet(UNetConfig(in_channels=channels))
-    load_into(net, published(file), under(PREFIX, "", UNET))
-    assert len(published(file)) == 686
+    load_into(net, published(file, under=PREFIX), UNET)
+    assert len(published(file, under=PREFIX)) == 686
     assert sum(p.numel() for p in net.parameters()) == parameters
 
 

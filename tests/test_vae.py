@@ -67,7 +67,7 @@ def test_both_halves_equal_diffusers():
 def test_the_full_model_is_the_published_file():
     with torch.device("meta"):
         model = VAE(FULL.vae)
-    load_into(model, published("vae_finetuning"), table.VAE)
+    load_into(model, published("stableviton_VITONHD_VAE_finetuning"), table.VAE)
     assert len(model.state_dict()) == 248
     assert sum(p.numel() for p in model.parameters()) == 83_653_863
 

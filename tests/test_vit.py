@@ -37,7 +37,7 @@ def test_output_equals_transformers():
 def test_the_full_model_is_the_published_file():
     with torch.device("meta"):
         model = ViT(FULL.vit)
-    load_into(model, published("eva_vit_g"), VIT)
+    load_into(model, published("lavis_eva_vit_g"), VIT)
     assert len(model.state_dict()) == 511
     assert sum(p.numel() for p in model.parameters()) == 985_894_528
 
@@ -45,7 +45,7 @@ def test_the_full_model_is_the_published_file():
 def test_a_40th_block_and_a_head_are_left_out_if_the_file_has_them():
     with torch.device("meta"):
         model = ViT(FULL.vit)
-    file = published("eva_vit_g")
+    file = published("lavis_eva_vit_g")
     block = {
         name.replace("38", "39"): tensor for name, tensor in file.items() if name.startswith("blocks.38.")
     }

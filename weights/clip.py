@@ -8,7 +8,8 @@ from torch import Tensor
 from unifashion import UserError
 from unifashion.clip import CLIP, L14, CLIPConfig
 from unifashion.tokenizers import CLIPTokenizer
-from weights.rename import Table, load_into, read_checkpoint, under
+from weights.containers import read_checkpoint
+from weights.rename import Table, load_into, under
 
 FOLDER = Path(__file__).parent / "files" / "clip-vit-large-patch14"
 HUB = "https://huggingface.co/openai/clip-vit-large-patch14"

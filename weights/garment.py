@@ -17,7 +17,8 @@ import weights.vae
 from unifashion.garment import GarmentEncoder
 from unifashion.unet import UNet
 from unifashion.vae import VAE
-from weights.rename import Table, load_into, read_checkpoint, under
+from weights.containers import read_checkpoint
+from weights.rename import Table, load_into, under
 from weights.unet import ENCODER, PREFIX, TRANSFORMER, UNET
 
 # fmt: off

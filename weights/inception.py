@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import nn
 
 from unifashion import UserError
-from weights.rename import Table, load_into, read_checkpoint, under
+from weights.containers import read_checkpoint
+from weights.rename import Table, load_into, under
 
 HERE = Path(__file__).parent
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")

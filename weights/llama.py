@@ -1,13 +1,12 @@
 """Llama in Hugging Face's layout, Vicuna-7B v1.5 or LLaVA-1.5's language model -> `unifashion.llama.Llama`."""
 
-import re
 import sys
 from pathlib import Path
 
 from torch import Tensor
 
-from unifashion import UserError
-from weights.rename import Table, read_checkpoint, under
+from weights.containers import read_folder
+from weights.rename import Table, under
 
 # fmt: off
 LAYER: Table = {
@@ -52,12 +51,7 @@ def read_llama(folder: Path, table: Table, vocab_size: int) -> dict[str, Tensor]
     An embedding of 32064 rows is cut to the 32000 of the tokenizer, with a note on stderr. Raises UserError for a shard that
     is missing or damaged, and for a tensor that is in two.
     """
-    merged: dict[str, Tensor] = {}
-    for shard in shards_of(folder):
-        tensors = read_checkpoint(shard)
-        if twice := sorted(merged.keys() & tensors.keys()):
-            raise UserError(f"{shard}: {twice[0]} is in an earlier file, too")
-        merged |= tensors
+    merged = read_folder(folder)
     for name in merged:
         if (
             table.get(name) in ("embed.weight", "lm_head.weight")
@@ -68,22 +62,3 @@ def read_llama(folder: Path, table: Table, vocab_size: int) -> dict[str, Tensor]
             )
             merged[name] = merged[name][:vocab_size]
     return merged
-
-
-def shards_of(folder: Path) -> list[Path]:
-    """All files of one kind, safetensors first. Raises UserError if there is none, or if one of them is missing."""
-    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
-        if (whole := folder / f"{stem}.{ending}").is_file():
-            return [whole]
-        found = {
-            m[0]: m[1]
-            for p in folder.iterdir()
-            if (m := re.fullmatch(rf"{stem}-\d+-of-(\d+)\.{ending}", p.name))
-        }
-        if found:
-            n = max(found.values())
-            names = [f"{stem}-{i:05}-of-{n}.{ending}" for i in range(1, int(n) + 1)]
-            if missing := [name for name in names if not (folder / name).is_file()]:
-                raise UserError(f"{folder / missing[0]} is missing")
-            return [folder / name for name in names]
-    raise UserError(f"{folder} holds no weights: neither model*.safetensors nor pytorch_model*.bin")

@@ -24,10 +24,11 @@ from unifashion.config import PRESETS
 from unifashion.model import HALVES, UniFashion
 from unifashion.runs import part_of
 from unifashion.tokenizers import SentencePiece, WordPiece
+from weights.containers import read_checkpoint
 from weights.garment import STABLEVITON, load_stableviton
 from weights.llama import LLAMA, LLAVA_HF, read_llama
 from weights.qformer import QFORMER
-from weights.rename import Table, load_into, read_checkpoint
+from weights.rename import Table, load_into
 from weights.vae import VAE
 from weights.vit import VIT
 

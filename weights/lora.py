@@ -6,7 +6,8 @@ from pathlib import Path
 from unifashion import UserError
 from unifashion.llama import Llama
 from unifashion.lora import LoRAConfig, inject, load_adapter
-from weights.rename import Table, read_checkpoint, rename, under
+from weights.containers import read_checkpoint
+from weights.rename import Table, rename, under
 
 # fmt: off
 MATRICES: Table = {

@@ -14,23 +14,41 @@ file must match exactly one row, every row must match a name, no two names may b
 what the module has, name for name and shape for shape.
 """
 
-import os
 import re
-import zipfile
-from pathlib import Path
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unifashion import UserError
 
 Table = dict[str, str | None]
+Checkpoint = dict[str, Tensor]
+
+
+class Layout(NamedTuple):
+    """How files of one kind are read: a table, and before it what differs in the numbers' arrangement, which a table cannot say."""
+
+    table: Table
+    transform: Callable[[Checkpoint], Checkpoint] = dict
+
+
+# {a name that only files of one kind have: how they are read}
+Layouts = dict[str, Layout]
 
 
 def under(prefix: str, our_prefix: str, rows: Table) -> Table:
     """The rows of a sub-table, each name behind its prefix."""
     return {prefix + original: None if ours is None else our_prefix + ours for original, ours in rows.items()}
+
+
+def only(our_prefix: str, rows: Table) -> Table:
+    """The rows of one part of a file that holds several; those of the others are left out."""
+    return {
+        original: ours.removeprefix(our_prefix) if ours and ours.startswith(our_prefix) else None
+        for original, ours in rows.items()
+    }
 
 
 def rename(checkpoint: dict[str, Tensor], table: Table) -> dict[str, Tensor]:
@@ -84,6 +102,32 @@ def load_into(
     module.load_state_dict(tensors, strict=True, assign=True)
 
 
+def load_layout(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    layouts: Layouts,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> None:
+    """As `load_into`, by the one of `layouts` that the names in `checkpoint` are of. Raises UserError if they are of none."""
+    table, transform = layout_of(checkpoint, layouts)
+    ready = [transform(checkpoint)]
+    del checkpoint
+    load_into(
+        module, ready.pop(), table, dtype, device
+    )  # which frees tensor by tensor what nobody else keeps
+
+
+def layout_of(checkpoint: Checkpoint, layouts: Layouts) -> Layout:
+    """The first of `layouts` whose name is in `checkpoint`; UserError if there is none."""
+    for name, layout in layouts.items():
+        if name in checkpoint:
+            return layout
+    known = ", ".join(layouts)
+    first = next(iter(checkpoint), "nothing")
+    raise UserError(f"its names ({first}, ...) are of no layout that is known here: none of {known} is there")
+
+
 def _match(names: list[str], table: Table) -> dict[str, str]:
     """-> {our name: original name}, one for one."""
     ignored = [_pattern(row) for row, ours in table.items() if ours is None]
@@ -123,62 +167,3 @@ def _fill(ours: str, match: re.Match) -> str:
 
 def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
-
-
-class _Inert:
-    """Stands for the few classes that training checkpoints hold beside their tensors: keeps nothing, does nothing."""
-
-    def __init__(self, *args: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-INERT = [
-    (_Inert, name)
-    for name in (
-        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",  # sd-v1-4.ckpt, Paint-by-Example's model.ckpt
-        "numpy.core.multiarray.scalar",  # its best score so far
-        "numpy._core.multiarray.scalar",
-        "numpy.dtype",
-        "_codecs.encode",
-    )
-]
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """
-    {original name: tensor} on the CPU: safetensors, or a torch file, zip or legacy, flat or within "state_dict" or "model".
-
-    Safetensors and zip files are mapped, not read: what is not used costs no memory. A pickle may ask for tensors and for
-    the names in INERT only: anything else is refused before it runs. UserError, in one line that names the file.
-    """
-    path = Path(path)
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: {'is not a file' if os.path.exists(path) else 'no such file'}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(INERT):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # bytes that are cut anywhere fail in a dozen ways
-        if asked := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{path}: refused, its pickle asks for {asked[1]}, no tensor needs it") from None
-        raise UserError(f"{path}: damaged, cut short, or not a checkpoint ({_reason(error)})") from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{path}: holds no table of tensors")
-    for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(
-                f"{path}: holds {name}, a {type(tensor).__name__}, where named tensors were expected"
-            )
-    return dict(content)
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence: torch's messages go on for a paragraph."""
-    return re.split(r"\.\s|\n", str(error).strip())[0] or type(error).__name__

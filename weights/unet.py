@@ -1,11 +1,12 @@
-"""Stable Diffusion's U-Net in CompVis' layout: SD v1.4 (4 channels), Paint-by-Example (9), StableVITON (13).
+"""Stable Diffusion's U-Net: SD v1.4 (4 channels), Paint-by-Example (9), StableVITON (13), in CompVis' layout or diffusers'.
 
-The names are relative to `model.diffusion_model.` in all three files; only the first convolution's shape tells them apart.
+CompVis' names are relative to `model.diffusion_model.` in all three files; only the first convolution's shape tells them apart.
 It does not tell SD-inpainting's 9 channels from Paint-by-Example's: the same shapes in another order, with the mask inverted.
-CompVis counts its blocks flat, `input_blocks.0` to `11` and `output_blocks.0` to `11`, and so do we.
+CompVis counts its blocks flat, `input_blocks.0` to `11` and `output_blocks.0` to `11`, and so do we; diffusers counts them by
+level. No tensor differs.
 """
 
-from weights.rename import Table, under
+from weights.rename import Layout, Layouts, Table, under
 
 PREFIX = "model.diffusion_model."
 
@@ -59,4 +60,56 @@ UNET: Table = {
     "out.0.*":                              "norm_out.*",
     "out.2.*":                              "conv_out.*",
 }
+
+DIFFUSERS_RES_BLOCK: Table = {
+    "norm1.*":                              "norm1.*",
+    "conv1.*":                              "conv1.*",
+    "time_emb_proj.*":                      "time.*",
+    "norm2.*":                              "norm2.*",
+    "conv2.*":                              "conv2.*",
+}
+DIFFUSERS_SHORTCUT: Table = {
+    "conv_shortcut.*":                      "shortcut.*",
+}
+LEVELS, RES_BLOCKS = 4, 2
+
+
+def diffusers() -> Table:
+    rows: Table = {
+        "time_embedding.linear_1.*":        "time_embed.fc1.*",
+        "time_embedding.linear_2.*":        "time_embed.fc2.*",
+        "conv_in.*":                        "encoder.blocks.0.*",
+        **under("mid_block.resnets.0.",     "encoder.middle_in.", DIFFUSERS_RES_BLOCK),
+        **under("mid_block.attentions.0.",  "encoder.middle_attend.", TRANSFORMER),
+        **under("mid_block.resnets.1.",     "encoder.middle_out.", DIFFUSERS_RES_BLOCK),
+        "conv_norm_out.*":                  "norm_out.*",
+        "conv_out.*":                       "conv_out.*",
+    }
+    for level in range(LEVELS):  # down: from the finest
+        first = 1 + level * (RES_BLOCKS + 1)
+        for i in range(RES_BLOCKS):
+            theirs, ours = f"down_blocks.{level}.", f"encoder.blocks.{first + i}."
+            wider = i == 0 and level in (1, 2)
+            res = DIFFUSERS_RES_BLOCK | (DIFFUSERS_SHORTCUT if wider else {})
+            rows |= under(f"{theirs}resnets.{i}.", f"{ours}res.", res)
+            if level < LEVELS - 1:  # the coarsest has no attention
+                rows |= under(f"{theirs}attentions.{i}.", f"{ours}attend.", TRANSFORMER)
+        if level < LEVELS - 1:
+            rows[f"down_blocks.{level}.downsamplers.0.conv.*"] = f"encoder.blocks.{first + RES_BLOCKS}.conv.*"
+    for level in range(LEVELS):  # up: from the coarsest
+        first = level * (RES_BLOCKS + 1)
+        for i in range(RES_BLOCKS + 1):
+            theirs, ours = f"up_blocks.{level}.", f"decoder.{first + i}."
+            rows |= under(f"{theirs}resnets.{i}.", f"{ours}res.", DIFFUSERS_RES_BLOCK | DIFFUSERS_SHORTCUT)
+            if level > 0:
+                rows |= under(f"{theirs}attentions.{i}.", f"{ours}attend.", TRANSFORMER)
+        if level < LEVELS - 1:
+            rows[f"up_blocks.{level}.upsamplers.0.conv.*"] = f"decoder.{first + RES_BLOCKS}.up.conv.*"
+    return rows
 # fmt: on
+
+
+UNETS: Layouts = {
+    "input_blocks.0.0.weight": Layout(UNET),
+    "down_blocks.0.resnets.0.norm1.weight": Layout(diffusers()),
+}

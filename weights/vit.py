@@ -1,6 +1,9 @@
-"""LAVIS `eva_vit_g.pth` -> `unifashion.vit.ViT`."""
+"""EVA-CLIP's ViT-g in BLIP-2 -> `unifashion.vit.ViT`: LAVIS `eva_vit_g.pth`, Hugging Face's port, UniFashion's own .pt."""
 
-from weights.rename import Table
+import torch
+
+from unifashion import UserError
+from weights.rename import Checkpoint, Table
 
 # fmt: off
 VIT: Table = {
@@ -21,4 +24,35 @@ VIT: Table = {
     "norm.*":                      None,  # and reads it unnormalised: `ln_vision` is in the Q-Former's file
     "head.*":                      None,  # EVA-CLIP's projection to its own text space
 }
+
+HF_VIT: Table = {  # as `without_key_bias` leaves it
+    "embeddings.class_embedding":             "cls_token",
+    "embeddings.position_embedding":          "pos_embed",
+    "embeddings.patch_embedding.*":           "patch_embed.*",
+    "encoder.layers.#.layer_norm1.*":         "blocks.#.norm1.*",
+    "encoder.layers.#.self_attn.qkv.weight":  "blocks.#.attn.qkv.weight",
+    "encoder.layers.#.self_attn.qkv.q_bias":  "blocks.#.attn.q_bias",
+    "encoder.layers.#.self_attn.qkv.v_bias":  "blocks.#.attn.v_bias",
+    "encoder.layers.#.self_attn.projection.*": "blocks.#.attn.proj.*",
+    "encoder.layers.#.layer_norm2.*":         "blocks.#.norm2.*",
+    "encoder.layers.#.mlp.fc1.*":             "blocks.#.mlp.0.*",
+    "encoder.layers.#.mlp.fc2.*":             "blocks.#.mlp.2.*",
+}
 # fmt: on
+
+
+def without_key_bias(checkpoint: Checkpoint) -> Checkpoint:
+    """Hugging Face's one bias of q, k and v, (3*dim,), as EVA's two of q and v. UserError unless that of the keys is 0."""
+    tensors: Checkpoint = {}
+    for name, bias in checkpoint.items():
+        if not name.endswith("self_attn.qkv.bias"):
+            tensors[name] = bias
+            continue
+        if bias.ndim != 1 or len(bias) % 3:
+            raise UserError(f"{name}: shape {tuple(bias.shape)} does not divide into q, k and v")
+        q, k, v = bias.chunk(3)
+        if not bias.is_meta and torch.any(k):
+            raise UserError(f"{name}: its keys have a bias, EVA-CLIP's have none")
+        stem = name.removesuffix("bias")
+        tensors |= {f"{stem}q_bias": q, f"{stem}v_bias": v}
+    return tensors

@@ -1,0 +1,210 @@
+"""Checkpoint files of every kind that the originals are published in -> {original name: tensor}, mapped, nothing run.
+
+    safetensors                   a file, or the shards of a folder
+    torch zip                     flat, or within "state_dict" (Lightning, with its optimizer), "model" (LAVIS), a class's name
+    torch, before zip             the same, read whole: it cannot be mapped
+    TorchScript                   OpenAI's CLIP: a program and its tensors, of which the tensors alone are read
+
+A pickle is a program, too: it may ask for tensors, and for the few names in INERT, which do nothing here. Anything else is
+refused before it runs, and the refusal names it.
+"""
+
+import io
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from unifashion import UserError
+
+
+class _Inert:
+    """Stands for the few classes that checkpoints hold beside their tensors: keeps nothing, does nothing."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+INERT = [
+    (_Inert, name)
+    for name in (
+        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",  # sd-v1-4.ckpt, Paint-by-Example's model.ckpt
+        "numpy.core.multiarray.scalar",  # its best score so far
+        "numpy._core.multiarray.scalar",
+        "numpy.dtype",
+        "_codecs.encode",
+    )
+]
+# Where the tensors are, if not at the top: Lightning, LAVIS, and the classes that UniFashion's authors save under their names
+WRAPPERS = ("state_dict", "model", "Blip2QformerCirCls", "Blip2QformerCirRerank", "Blip2QformerCirFull")
+NO_CHECKPOINTS = {  # how a download that went wrong begins
+    b"version https://git-lfs": "a git-lfs pointer, not the file it stands for: `git lfs pull` gets that",
+    b"<": "a web page, not a checkpoint: the address it was got from shows a page about the file, or asks to log in",
+}
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """
+    {original name: tensor} on the CPU. Safetensors and zip files are mapped, not read: what is not used costs no memory.
+
+    Raises UserError, in one line that names the file, if it is not there, damaged, no checkpoint, or asks to run something.
+    """
+    path = Path(path)
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: {'is not a file' if os.path.exists(path) else 'no such file'}")
+    _check_beginning(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        zipped = zipfile.is_zipfile(path)
+        if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            return _read_torchscript(path)
+        with torch.serialization.safe_globals(INERT):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except UserError:
+        raise
+    except Exception as error:  # bytes that are cut anywhere fail in a dozen ways
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise _refusal(path, asked[1]) from None
+        raise UserError(f"{path}: damaged, cut short, or not a checkpoint ({_reason(error)})") from None
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path}: holds no table of tensors")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(
+                f"{path}: holds {name}, a {type(tensor).__name__}, where named tensors were expected"
+            )
+    return dict(content)
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """As `read_checkpoint`, of all shards in `folder`. Raises UserError for a tensor that is in two of them, too."""
+    merged: dict[str, Tensor] = {}
+    for shard in shards_of(folder):
+        tensors = read_checkpoint(shard)
+        if twice := sorted(merged.keys() & tensors.keys()):
+            raise UserError(f"{shard}: {twice[0]} is in an earlier file, too")
+        merged |= tensors
+    return merged
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """
+    model.safetensors, or model-00001-of-00003.safetensors and so on, or the same of pytorch_model, .bin or converted, or of
+    diffusers' diffusion_pytorch_model. Raises UserError if there is none, or if one of several is missing.
+    """
+    for stem in ("model", "pytorch_model", "diffusion_pytorch_model"):
+        for ending in ("safetensors", "bin"):
+            if (whole := folder / f"{stem}.{ending}").is_file():
+                return [whole]
+            numbered = rf"{stem}-\d+-of-(\d+)\.{ending}"
+            counts = [m[1] for p in folder.iterdir() if (m := re.fullmatch(numbered, p.name))]
+            if counts:
+                n = max(counts)
+                names = [f"{stem}-{i:05}-of-{n}.{ending}" for i in range(1, int(n) + 1)]
+                if missing := [name for name in names if not (folder / name).is_file()]:
+                    raise UserError(f"{folder / missing[0]} is missing")
+                return [folder / name for name in names]
+    raise UserError(f"{folder} holds no weights: neither model*.safetensors nor pytorch_model*.bin")
+
+
+def _check_beginning(path: Path) -> None:
+    with open(path, "rb") as file:
+        beginning = file.read(64).lstrip()
+    if not beginning:
+        raise UserError(f"{path}: is empty: the download did not begin")
+    for start, what in NO_CHECKPOINTS.items():
+        if beginning.startswith(start):
+            raise UserError(f"{path}: is {what}")
+
+
+def _refusal(path: Path, asked: str) -> UserError:
+    return UserError(f"{path}: refused, its pickle asks for {asked}, no tensor needs it")
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence: torch's messages go on for a paragraph."""
+    return re.split(r"\.\s|\n", str(error).strip())[0] or type(error).__name__
+
+
+# TorchScript
+
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "BoolStorage": torch.bool,
+}
+
+
+class _Module:
+    """A module of a TorchScript program, reduced to its attributes."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                found[prefix + name] = value
+            elif isinstance(value, _Module):
+                found |= value.tensors(f"{prefix}{name}.")
+        return found
+
+
+class _Modules(pickle.Unpickler):
+    """data.pkl of a TorchScript archive. `torch.jit.load` would compile the program beside it, and run its __setstate__."""
+
+    def __init__(self, path: Path, reader: "torch._C.PyTorchFileReader") -> None:
+        super().__init__(io.BytesIO(reader.get_record("data.pkl")))
+        self.path, self.reader = path, reader
+        self.whole = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+
+    def find_class(self, module: str, name: str) -> Callable | torch.dtype:
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _Module
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch.jit._pickle":  # lists of numbers
+            return _Inert
+        raise _refusal(self.path, f"{module}.{name}")
+
+    def persistent_load(self, known: tuple) -> Tensor:
+        """("storage", its type, its record's name, device, numbers) -> the record as a flat tensor."""
+        _, dtype, record, _, n = known
+        start, size = self.reader.get_record_offset(f"data/{record}"), n * dtype.itemsize
+        if start + size > self.whole.nbytes():
+            raise UserError(f"{self.path}: damaged, cut short, or not a checkpoint (record {record})")
+        return torch.empty(0, dtype=dtype).set_(self.whole[start : start + size])
+
+
+def _tensor(flat: Tensor, offset: int, size: tuple, stride: tuple, *rest: object) -> Tensor:
+    return flat.as_strided(size, stride, offset)
+
+
+def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    reader = torch._C.PyTorchFileReader(str(path))
+    root = _Modules(path, reader).load()
+    if not isinstance(root, _Module):
+        raise UserError(f"{path}: holds a {type(root).__name__}, where a TorchScript module was expected")
+    return root.tensors()

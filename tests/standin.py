@@ -9,6 +9,7 @@ Nobody here has the originals (27 GB): what loads these loads them, as far as th
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,7 +93,9 @@ def write(tensors: dict[str, Tensor], path: Path, container: str) -> None:
     if container == "safetensors":
         save_file(tensors, path, metadata={"format": "pt"})
     elif container == "torchscript":
-        torch.jit.save(torch.jit.script(_modules(tensors)), path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # OpenAI's were written in 2021
+            torch.jit.save(torch.jit.script(_modules(tensors)), path)
     elif container == "lightning":
         with lightning() as callback:
             moments = {"step": 3, "exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(4)}

@@ -59,6 +59,7 @@ class CLIPConfig:
 
 
 L14 = CLIPConfig()
+L14_336 = CLIPConfig(ImageConfig(image_size=336))
 B16 = CLIPConfig(
     ImageConfig(patch_size=16, dim=768, depth=12, heads=12, mlp_dim=3072),
     TextConfig(dim=512, heads=8, mlp_dim=2048),

@@ -9,7 +9,7 @@ from unifashion import UserError
 from unifashion.clip import CLIP, L14, CLIPConfig
 from unifashion.tokenizers import CLIPTokenizer
 from weights.containers import read_checkpoint
-from weights.rename import Table, load_into, under
+from weights.rename import Layout, Layouts, Table, load_layout, under
 
 FOLDER = Path(__file__).parent / "files" / "clip-vit-large-patch14"
 HUB = "https://huggingface.co/openai/clip-vit-large-patch14"
@@ -81,15 +81,18 @@ OPENAI: Table = {
     "input_resolution":                            None,  # numbers beside the tensors, in OpenAI's own archive
     "context_length":                              None,
     "vocab_size":                                  None,
+    "transformer.resblocks.#.attn_mask":           None,  # and the causal mask, which its program has in every block
 }
 # fmt: on
 
-# The first that is there. OpenAI's own .pt are TorchScript, programs, and not opened: the same numbers are in these.
-LAYOUTS = {
-    "model.safetensors": HF,
-    "open_clip_model.safetensors": OPENAI,
-    "open_clip_pytorch_model.bin": OPENAI,
-}
+# The first that is there: Hugging Face's two editions, open_clip's two, OpenAI's own
+FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "ViT-L-14.pt",
+)
 # The same merges, in Hugging Face's edition and in OpenAI's.
 WORDS = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 
@@ -113,6 +116,12 @@ def unfused(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+CLIPS: Layouts = {
+    "visual_projection.weight": Layout(HF),
+    "visual.proj": Layout(OPENAI, unfused),
+}
+
+
 def load_clip(
     folder: Path = FOLDER,
     cfg: CLIPConfig = L14,
@@ -120,12 +129,12 @@ def load_clip(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[CLIP, CLIPTokenizer]:
     """Both towers, frozen, and their tokenizer. Raises UserError, which says where to get it, for what is missing or damaged."""
-    path, words = _wanted(folder, tuple(LAYOUTS)), _wanted(folder, WORDS)
+    path, words = _wanted(folder, FILES), _wanted(folder, WORDS)
     tokenizer = CLIPTokenizer(words, cfg.text.vocab_size)
     with torch.device("meta"):
         model = CLIP(cfg)
     try:  # no name for the checkpoint: load_into frees it tensor by tensor
-        load_into(model, unfused(read_checkpoint(path)), LAYOUTS[path.name], dtype=dtype, device=device)
+        load_layout(model, read_checkpoint(path), CLIPS, dtype=dtype, device=device)
     except UserError as error:
         told = str(error)
         raise UserError(

@@ -47,9 +47,11 @@ INERT = [
 ]
 # Where the tensors are, if not at the top: Lightning, LAVIS, and the classes that UniFashion's authors save under their names
 WRAPPERS = ("state_dict", "model", "Blip2QformerCirCls", "Blip2QformerCirRerank", "Blip2QformerCirFull")
-NO_CHECKPOINTS = {  # how a download that went wrong begins
-    b"version https://git-lfs": "a git-lfs pointer, not the file it stands for: `git lfs pull` gets that",
-    b"<": "a web page, not a checkpoint: the address it was got from shows a page about the file, or asks to log in",
+# How a download that went wrong begins
+NO_CHECKPOINTS = {
+    rb"$": "empty: the download did not begin",
+    rb"version https://git-lfs": "a git-lfs pointer, not the file it stands for: `git lfs pull` gets that",
+    rb"\s*<(!doctype|html|\?xml)": "a web page, not a checkpoint: that address shows a page about the file, or asks to log in",
 }
 
 
@@ -123,11 +125,9 @@ def shards_of(folder: Path) -> list[Path]:
 
 def _check_beginning(path: Path) -> None:
     with open(path, "rb") as file:
-        beginning = file.read(64).lstrip()
-    if not beginning:
-        raise UserError(f"{path}: is empty: the download did not begin")
+        beginning = file.read(64)
     for start, what in NO_CHECKPOINTS.items():
-        if beginning.startswith(start):
+        if re.match(start, beginning, re.IGNORECASE):
             raise UserError(f"{path}: is {what}")
 
 

@@ -16,6 +16,7 @@ what the module has, name for name and shape for shape.
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,9 @@ def only(our_prefix: str, rows: Table) -> Table:
 
 def rename(checkpoint: dict[str, Tensor], table: Table) -> dict[str, Tensor]:
     """The tensors of `checkpoint` (not copied) under our names; UserError if table and checkpoint differ in anything."""
-    return {ours: checkpoint[original] for ours, original in _match(list(checkpoint), table).items()}
+    originals, dead = _match(list(checkpoint), table)
+    _refuse_dead(dead)
+    return {ours: checkpoint[original] for ours, original in originals.items()}
 
 
 def load_into(
@@ -76,11 +79,14 @@ def load_into(
     (`load_into(module, read_checkpoint(path), table)`) each original is freed as soon as its cast is made.
     Raises UserError, in one line that names the tensor.
     """
-    originals = _match(list(checkpoint), table)
+    originals, dead = _match(list(checkpoint), table)
     wanted = module.state_dict()
     if missing := [name for name in wanted if name not in originals]:
-        shape = tuple(wanted[missing[0]].shape)
-        raise UserError(f"the checkpoint has nothing for {missing[0]} {shape}{_and_more(missing)}")
+        ours, shape = missing[0], tuple(wanted[missing[0]].shape)
+        raise UserError(
+            f"the checkpoint lacks {_origin(ours, table)}, for {ours} {shape}{_and_more(missing)}"
+        )
+    _refuse_dead(dead)
     if extra := [original for ours, original in originals.items() if ours not in wanted]:
         raise UserError(f"{extra[0]}: the model has no such layer{_and_more(extra)}")
     tensors = {ours: checkpoint[original] for ours, original in originals.items()}
@@ -128,8 +134,8 @@ def layout_of(checkpoint: Checkpoint, layouts: Layouts) -> Layout:
     raise UserError(f"its names ({first}, ...) are of no layout that is known here: none of {known} is there")
 
 
-def _match(names: list[str], table: Table) -> dict[str, str]:
-    """-> {our name: original name}, one for one."""
+def _match(names: list[str], table: Table) -> tuple[dict[str, str], list[str]]:
+    """-> {our name: original name}, one for one, and the rows that nothing in the file has the name of."""
     ignored = [_pattern(row) for row, ours in table.items() if ours is None]
     rows = {row: (_pattern(row), ours) for row, ours in table.items() if ours is not None}
     hits: dict[str, list[tuple[str, str]]] = {
@@ -144,16 +150,28 @@ def _match(names: list[str], table: Table) -> dict[str, str]:
     if doubtful := [name for name, found in hits.items() if len(found) > 1]:
         several = " and ".join(row for row, _ in hits[doubtful[0]])
         raise UserError(f"{doubtful[0]}: the rows {several} all name it{_and_more(doubtful)}")
-    if dead := sorted(rows.keys() - {found[0][0] for found in hits.values()}):
-        raise UserError(f"{dead[0]}: nothing in the checkpoint has the name of this row{_and_more(dead)}")
     originals: dict[str, str] = {}
     for name, [(_, ours)] in hits.items():
         if ours in originals:
             raise UserError(f"{originals[ours]} and {name} would both become {ours}")
         originals[ours] = name
-    return originals
+    return originals, sorted(rows.keys() - {found[0][0] for found in hits.values()})
 
 
+def _refuse_dead(rows: list[str]) -> None:
+    if rows:
+        raise UserError(f"{rows[0]}: nothing in the checkpoint has the name of this row{_and_more(rows)}")
+
+
+def _origin(name: str, table: Table) -> str:
+    """The original of our `name`: the first row that would give it, read backwards."""
+    for row, ours in table.items():
+        if ours is not None and (match := _pattern(ours).fullmatch(name)):
+            return _fill(row, match)
+    return "what no row of the table names"
+
+
+@cache
 def _pattern(row: str) -> re.Pattern:
     return re.compile(re.escape(row).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)"))
 

@@ -1,0 +1,208 @@
+"""Checkpoint files of every container: read, mapped, refused, told apart from what is none."""
+
+import os
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tests.standin import lightning
+from tests.test_rename import checkpoint
+from unifashion import UserError
+from weights.containers import read_checkpoint
+
+
+def test_every_container_gives_the_same_tensors(tmp_path: Path):
+    save_file(checkpoint(), tmp_path / "a.safetensors")
+    torch.save(checkpoint(), tmp_path / "zip.pth")
+    torch.save(checkpoint(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    torch.save({"model": checkpoint(), "epoch": 3}, tmp_path / "lavis.pth")
+    torch.save(
+        {"state_dict": checkpoint(), "optimizer_states": [{"m": torch.ones(9)}]}, tmp_path / "lightning.ckpt"
+    )
+    for path in sorted(tmp_path.iterdir()):
+        read = read_checkpoint(path)
+        assert read.keys() == checkpoint().keys(), path.name
+        assert all(torch.equal(read[name], tensor) for name, tensor in checkpoint().items()), path.name
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the kernel does not say what is mapped")
+@pytest.mark.parametrize("name", ["zip.pth", "a.safetensors"])
+def test_files_are_mapped_and_not_read(tmp_path: Path, name: str):
+    (save_file if name.endswith("safetensors") else torch.save)(checkpoint(), tmp_path / name)
+    read = read_checkpoint(tmp_path / name)
+    assert str(tmp_path / name) in Path("/proc/self/maps").read_text()
+    read["stem.bias"].zero_()  # and what is done to the tensors does not reach the file
+    assert torch.equal(read_checkpoint(tmp_path / name)["stem.bias"], checkpoint()["stem.bias"])
+
+
+def test_a_lightning_checkpoint_is_read_without_lightning(tmp_path: Path):
+    with lightning() as callback:  # the writer has Lightning, the reader has not
+        callbacks = {callback: {"best_model_score": np.float64(0.25), "monitor": "loss"}}
+        content = {"state_dict": checkpoint(), "callbacks": callbacks}
+        torch.save(content, tmp_path / "new.ckpt")
+        torch.save(content, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    written = (
+        (tmp_path / "old.ckpt").read_bytes().replace(b"numpy._core", b"numpy.core")
+    )  # as numpy 1 names it
+    (tmp_path / "old.ckpt").write_bytes(written)
+    for name in ("new.ckpt", "old.ckpt"):
+        assert read_checkpoint(tmp_path / name).keys() == checkpoint().keys()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_pickle_that_asks_for_more_than_tensors_is_refused_and_not_run(tmp_path: Path, zipped: bool):
+    path, trace = tmp_path / "evil.pth", tmp_path / "it_ran"
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(trace),)
+
+    torch.save({"state_dict": checkpoint(), "x": Evil()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=rf"^{path}: refused, its pickle asks for (posix|nt)\.mkdir"):
+        read_checkpoint(path)
+    assert not trace.exists()
+    torch.save({"state_dict": checkpoint(), "x": Harmless()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"asks for tests\.test_containers\.Harmless, no tensor needs it"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["a.safetensors", "zip.pth", "legacy.pth"])
+def test_a_file_cut_short_is_one_line_that_names_it(tmp_path: Path, kind: str):
+    path = tmp_path / kind
+    if path.suffix == ".safetensors":
+        save_file(checkpoint(), path)
+    else:
+        torch.save(checkpoint(), path, _use_new_zipfile_serialization=kind == "zip.pth")
+    content = path.read_bytes()
+    for length in range(0, len(content) - 1, len(content) // 60):
+        path.write_bytes(content[:length])
+        one_line_naming(path)
+
+
+def test_what_is_no_checkpoint_is_one_line_that_names_it(tmp_path: Path):
+    (tmp_path / "page.pth").write_text("<!doctype html><title>404</title>")
+    (tmp_path / "page.safetensors").write_text("<!doctype html><title>404</title>")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"a": 1}, protocol=2))
+    torch.save([torch.ones(2)], tmp_path / "list.pth")
+    torch.save({"state_dict": {"a": torch.ones(2), "lr": 0.1}}, tmp_path / "mixed.pth")
+    torch.save({}, tmp_path / "empty.pth")
+    (tmp_path / "folder").mkdir()
+    for path in [*tmp_path.iterdir(), tmp_path / "missing.pth"]:
+        one_line_naming(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "is empty: the download did not begin"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "is a git-lfs pointer, not the file"),
+        (b"<!DOCTYPE html>\n<html><body>404</body></html>", "is a web page, not a checkpoint"),
+        (b"\n <html lang=en>", "is a web page, not a checkpoint"),
+    ],
+    ids=["empty", "git-lfs", "page", "page after a line"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a.bin"])
+def test_a_download_that_went_wrong_is_told_as_what_it_is(
+    tmp_path: Path, name: str, content: bytes, what: str
+):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{tmp_path / name}: {what}"):
+        read_checkpoint(tmp_path / name)
+
+
+def test_a_safetensors_header_that_looks_like_a_page_is_none(tmp_path: Path):
+    """Its first bytes are its length: 0x3c20 begins with a space and a <."""
+    path = tmp_path / "a.safetensors"
+    save_file(checkpoint(), path, metadata={"x": ""})
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    save_file(checkpoint(), path, metadata={"x": "x" * (0x3C20 - length)})
+    assert path.read_bytes()[:2] == b" <"
+    assert read_checkpoint(path).keys() == checkpoint().keys()
+
+
+# TorchScript
+
+
+def test_torchscript_gives_its_tensors_and_runs_nothing(tmp_path: Path):
+    path = script(tmp_path / "a.pt", Half())
+    theirs = torch.jit.load(path).state_dict()
+    read = read_checkpoint(path)
+    assert (
+        read.keys()
+        == theirs.keys()
+        == {"layers.0.weight", "layers.1.weight", "layers.1.bias", "scale", "input_resolution"}
+    )
+    for name, x in theirs.items():
+        assert read[name].dtype == x.dtype and torch.equal(read[name], x), name
+
+
+def test_torchscript_is_mapped(tmp_path: Path):
+    path = script(tmp_path / "a.pt", Half())
+    read = read_checkpoint(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    read["scale"].zero_()
+    assert read_checkpoint(path)["scale"] == 3
+
+
+def test_torchscript_cut_short_is_one_line_that_names_it(tmp_path: Path):
+    path = script(tmp_path / "a.pt", Half())
+    content = path.read_bytes()
+    for length in range(0, len(content) - 1, len(content) // 40):
+        path.write_bytes(content[:length])
+        one_line_naming(path)
+
+
+def test_torchscript_whose_pickle_asks_for_more_is_refused_and_not_run(tmp_path: Path):
+    path, evil, trace = script(tmp_path / "a.pt", Half()), tmp_path / "evil.pt", tmp_path / "it_ran"
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(trace),)
+
+    with zipfile.ZipFile(path) as good, zipfile.ZipFile(evil, "w") as bad:
+        for name in good.namelist():
+            bad.writestr(name, pickle.dumps(Evil()) if name.endswith("/data.pkl") else good.read(name))
+    with pytest.raises(UserError, match=rf"^{evil}: refused, its pickle asks for (posix|nt)\.mkdir"):
+        read_checkpoint(evil)
+    assert not trace.exists()
+
+
+class Half(nn.Module):
+    """As OpenAI's CLIP: modules with numbers for names, types mixed, a number beside the tensors, a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 2, bias=False).half(), nn.LayerNorm(2)])
+        self.scale = nn.Parameter(torch.tensor(3.0))
+        self.register_buffer("input_resolution", torch.tensor(224))
+        self.sizes = [1, 2]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[0](x) * self.scale * self.sizes[0]
+
+
+def script(path: Path, module: nn.Module) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the writer is torch of 2021
+        torch.jit.save(torch.jit.script(module), path)
+    return path
+
+
+# helpers
+
+
+class Harmless:
+    pass
+
+
+def one_line_naming(path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read_checkpoint(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)

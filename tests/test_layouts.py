@@ -78,11 +78,9 @@ def test_a_network_of_full_size_is_filled_from_the_published_names(name: str, i:
 def test_a_single_fault_of_a_file_is_an_error_that_names_it(name: str, i: int):
     whole = published(name)
     layout = layout_of(whole, READ[name][i][1])
-    used = [
-        key for key in whole if key in rename(layout.transform({**whole}), layout.table) or reads(layout, key)
-    ]
+    used = [key for key in whole if reads(layout, key)]
     assert len(used) > 100
-    for key in random.Random(name).sample(used, 3):
+    for key in random.Random(name).sample(used, 2):
         part = re.escape(key.removesuffix("bias"))  # of a fused bias, one third may be what is missed
         file = {k: x for k, x in whole.items() if k != key}
         with pytest.raises(UserError, match=part):

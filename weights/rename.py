@@ -136,14 +136,12 @@ def layout_of(checkpoint: Checkpoint, layouts: Layouts) -> Layout:
 
 def _match(names: list[str], table: Table) -> tuple[dict[str, str], list[str]]:
     """-> {our name: original name}, one for one, and the rows that nothing in the file has the name of."""
-    ignored = [_pattern(row) for row, ours in table.items() if ours is None]
-    rows = {row: (_pattern(row), ours) for row, ours in table.items() if ours is not None}
+    ignored = [_Row(row, None) for row, ours in table.items() if ours is None]
+    rows = [_Row(row, ours) for row, ours in table.items() if ours is not None]
     hits: dict[str, list[tuple[str, str]]] = {
-        name: [
-            (row, _fill(ours, m)) for row, (pattern, ours) in rows.items() if (m := pattern.fullmatch(name))
-        ]
+        name: [(row.original, _fill(row.ours, m)) for row in rows if (m := row.match(name))]
         for name in names
-        if not any(pattern.fullmatch(name) for pattern in ignored)
+        if not any(row.match(name) for row in ignored)
     }
     if unknown := [name for name, found in hits.items() if not found]:
         raise UserError(f"{unknown[0]}: no row of the table names it{_and_more(unknown)}")
@@ -155,7 +153,7 @@ def _match(names: list[str], table: Table) -> tuple[dict[str, str], list[str]]:
         if ours in originals:
             raise UserError(f"{originals[ours]} and {name} would both become {ours}")
         originals[ours] = name
-    return originals, sorted(rows.keys() - {found[0][0] for found in hits.values()})
+    return originals, sorted({row.original for row in rows} - {found[0][0] for found in hits.values()})
 
 
 def _refuse_dead(rows: list[str]) -> None:
@@ -169,6 +167,17 @@ def _origin(name: str, table: Table) -> str:
         if ours is not None and (match := _pattern(ours).fullmatch(name)):
             return _fill(row, match)
     return "what no row of the table names"
+
+
+class _Row:
+    def __init__(self, original: str, ours: str | None) -> None:
+        self.original, self.ours, self.pattern = original, ours, _pattern(original)
+        self.start = re.split(r"[#*]", original)[
+            0
+        ]  # told from others by it ten times as fast as by the pattern
+
+    def match(self, name: str) -> re.Match | None:
+        return self.pattern.fullmatch(name) if name.startswith(self.start) else None
 
 
 @cache

@@ -18,7 +18,7 @@ from unifashion import UserError, clip
 from unifashion.clip import B16, CLIP, L14, CLIPConfig, ImageConfig, ImageTower, TextConfig
 from weights import clip as loading
 from weights.clip import HF, HF_IMAGE, OPENAI, load_clip, unfused
-from weights.rename import Table, load_into, under
+from weights.rename import Layout, Table, load_into, under
 
 SMALL = CLIPConfig(
     ImageConfig(image_size=28, patch_size=7, dim=32, depth=3, heads=4, mlp_dim=56),
@@ -182,6 +182,7 @@ def test_a_square_projection_left_as_it_is_would_be_noticed(folder: Path, monkey
     (folder / "model.safetensors").unlink()
     save_file(fused(theirs.state_dict()), folder / "open_clip_model.safetensors")
     plant(monkeypatch, loading, "unfused", "= tensor.T", '= tensor.T if name == "visual.proj" else tensor')
+    monkeypatch.setitem(loading.CLIPS, "visual.proj", Layout(OPENAI, loading.unfused))
     model, _ = load_clip(folder, SMALL, dtype=torch.float64)
     assert_parity(model.encode_image(IMAGE), ours.encode_image(IMAGE))
     with pytest.raises(AssertionError, match="max difference"):

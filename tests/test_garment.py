@@ -290,7 +290,7 @@ def test_a_whole_file_that_lacks_a_tensor_or_has_one_too_many_is_refused(name, t
     with pytest.raises(UserError, match=f"{name}_2: (no row of the table|the model has no such layer)"):
         load_stableviton(write(tmp_path, {**whole_file(), f"{name}_2": torch.ones(1)}), *parts)
     less = {key: tensor for key, tensor in whole_file().items() if key != name}
-    with pytest.raises(UserError, match="nothing"):
+    with pytest.raises(UserError, match=f"lacks {name}"):
         load_stableviton(write(tmp_path, less), *parts)
 
 

@@ -14,8 +14,8 @@ from tests.published import published
 from unifashion import blocks, unet
 from unifashion.blocks import Attention, ResBlock, SpatialTransformer, UNetConfig
 from unifashion.unet import UNet
-from weights.rename import Table, load_into, rename, under
-from weights.unet import PREFIX, UNET
+from weights.rename import Table, load_into, load_layout
+from weights.unet import PREFIX, UNET, UNETS
 
 GOLDEN = load("unet9")
 BLOCKS = [*(f"in_{i}" for i in range(6)), "mid", *(f"out_{i}" for i in range(6))]
@@ -74,7 +74,7 @@ def test_with_a_float64_sinusoid_it_equals_the_other_golden_only(outputs, monkey
 @pytest.mark.parametrize(("channels", "groups"), [(4, 32), (9, 32), (13, 16)])
 def test_the_predicted_noise_equals_diffusers(channels, groups):
     # 64 channels at least: a group of the norm that is one channel cancels what the timestep adds to it
-    widths, heads, context_dim = (64, 128, 128, 192), 4, 24
+    widths, heads, context_dim = (64, 128, 192, 192), 4, 24
     theirs = UNet2DConditionModel(
         in_channels=channels,
         block_out_channels=widths,
@@ -87,10 +87,10 @@ def test_the_predicted_noise_equals_diffusers(channels, groups):
     )
     theirs = randomise(theirs, seed=channels)
     cfg = UNetConfig(
-        channels, channels=64, channel_mult=(1, 2, 2, 3), heads=heads, groups=groups, context_dim=context_dim
+        channels, channels=64, channel_mult=(1, 2, 3, 3), heads=heads, groups=groups, context_dim=context_dim
     )
     ours = UNet(cfg).double().eval()
-    load_into(ours, rename(theirs.state_dict(), from_diffusers(list(theirs.state_dict()))), UNET)
+    load_layout(ours, theirs.state_dict(), UNETS)
     x = torch.randn(2, channels, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     context = torch.randn(2, 5, context_dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     t = torch.tensor([981, 3])
@@ -290,39 +290,3 @@ def swapped(table: Table, one: str, other: str) -> Table:
     pairs |= {b: a for a, b in pairs.items()}
     assert pairs
     return {row: table[pairs.get(row, row)] for row in table}
-
-
-RES_BLOCK: Table = {
-    "norm1.*": "in_layers.0.*",
-    "conv1.*": "in_layers.2.*",
-    "time_emb_proj.*": "emb_layers.1.*",
-    "norm2.*": "out_layers.0.*",
-    "conv2.*": "out_layers.3.*",
-    "conv_shortcut.*": "skip_connection.*",
-}
-
-
-def from_diffusers(names: list[str]) -> Table:
-    """diffusers' names -> CompVis' for four levels of two res blocks; within a transformer both are the same."""
-    rows: Table = {
-        "time_embedding.linear_1.*": "time_embed.0.*",
-        "time_embedding.linear_2.*": "time_embed.2.*",
-        "conv_in.*": "input_blocks.0.0.*",
-        "conv_norm_out.*": "out.0.*",
-        "conv_out.*": "out.2.*",
-        **under("mid_block.resnets.0.", "middle_block.0.", RES_BLOCK),
-        "mid_block.attentions.0.*": "middle_block.1.*",
-        **under("mid_block.resnets.1.", "middle_block.2.", RES_BLOCK),
-    }
-    for level in range(4):
-        down, up = f"down_blocks.{level}", f"up_blocks.{level}"  # theirs count up from the coarsest
-        for i in range(2):
-            rows |= under(f"{down}.resnets.{i}.", f"input_blocks.{3 * level + i + 1}.0.", RES_BLOCK)
-            rows |= {f"{down}.attentions.{i}.*": f"input_blocks.{3 * level + i + 1}.1.*"}
-        for i in range(3):
-            rows |= under(f"{up}.resnets.{i}.", f"output_blocks.{3 * level + i}.0.", RES_BLOCK)
-            rows |= {f"{up}.attentions.{i}.*": f"output_blocks.{3 * level + i}.1.*"}
-        rows |= {f"{down}.downsamplers.0.conv.*": f"input_blocks.{3 * level + 3}.0.op.*"}
-        rows |= {f"{up}.upsamplers.0.conv.*": f"output_blocks.{3 * level + 2}.{2 if level else 1}.conv.*"}
-    # not every res block has a shortcut, nor every level an attention: only rows with a name in the model
-    return {row: ours for row, ours in rows.items() if any(name.startswith(row[:-1]) for name in names)}

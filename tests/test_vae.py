@@ -1,7 +1,5 @@
 """Stable Diffusion's autoencoder against CompVis' own numbers (golden `vae`) and diffusers' AutoencoderKL."""
 
-import re
-
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -15,7 +13,7 @@ from unifashion import vae
 from unifashion.config import FULL
 from unifashion.vae import VAE, VAEConfig, kl_divergence
 from weights import vae as table
-from weights.rename import Table, load_into, rename, under
+from weights.rename import Table, load_into, load_layout
 
 
 def test_encoder_equals_compvis():
@@ -132,40 +130,9 @@ def test_parity_notices_a_decoder_that_walks_up_from_the_finest_level(monkeypatc
 
 # helpers
 
-# fmt: off
-DIFFUSERS_MIDDLE: Table = {
-    "resnets.0.*":               "block_1.*",
-    "attentions.0.group_norm.*": "attn_1.norm.*",
-    "attentions.0.to_q.*":       "attn_1.q.*",
-    "attentions.0.to_k.*":       "attn_1.k.*",
-    "attentions.0.to_v.*":       "attn_1.v.*",
-    "attentions.0.to_out.0.*":   "attn_1.proj_out.*",
-    "resnets.1.*":               "block_2.*",
-}
-
-DIFFUSERS: Table = {  # -> CompVis
-    "encoder.conv_in.*":                               "encoder.conv_in.*",
-    **under("encoder.down_blocks.#.resnets.#.",        "encoder.down.#.block.#.", table.RES_BLOCK),
-    "encoder.down_blocks.#.resnets.#.conv_shortcut.*": "encoder.down.#.block.#.nin_shortcut.*",
-    "encoder.down_blocks.#.downsamplers.0.conv.*":     "encoder.down.#.downsample.conv.*",
-    **under("encoder.mid_block.",                      "encoder.mid.", DIFFUSERS_MIDDLE),
-    "encoder.conv_norm_out.*":                         "encoder.norm_out.*",
-    "encoder.conv_out.*":                              "encoder.conv_out.*",
-    "quant_conv.*":                                    "quant_conv.*",
-    "post_quant_conv.*":                               "post_quant_conv.*",
-    "decoder.conv_in.*":                               "decoder.conv_in.*",
-    **under("decoder.mid_block.",                      "decoder.mid.", DIFFUSERS_MIDDLE),
-    **under("decoder.up_blocks.#.resnets.#.",          "decoder.up.#.block.#.", table.RES_BLOCK),
-    "decoder.up_blocks.#.resnets.#.conv_shortcut.*":   "decoder.up.#.block.#.nin_shortcut.*",
-    "decoder.up_blocks.#.upsamplers.0.conv.*":         "decoder.up.#.upsample.conv.*",
-    "decoder.conv_norm_out.*":                         "decoder.norm_out.*",
-    "decoder.conv_out.*":                              "decoder.conv_out.*",
-}
-# fmt: on
-
 
 def diffusers_pair() -> tuple[AutoencoderKL, VAE]:
-    cfg = VAEConfig(channels=32, channel_mult=(1, 2, 3, 4), res_blocks=1)
+    cfg = VAEConfig(channels=32, channel_mult=(1, 2, 3, 3), res_blocks=1)
     theirs = AutoencoderKL(
         block_out_channels=tuple(cfg.channels * m for m in cfg.channel_mult),
         layers_per_block=cfg.res_blocks,
@@ -174,13 +141,8 @@ def diffusers_pair() -> tuple[AutoencoderKL, VAE]:
         latent_channels=cfg.latent_channels,
     )
     randomise(theirs, seed=0)
-    state = {}
-    for name, tensor in theirs.state_dict().items():
-        # they count the decoder's levels from the coarsest, and project by a Linear where CompVis has a 1x1 convolution
-        name = re.sub(r"up_blocks\.(\d)", lambda level: f"up_blocks.{3 - int(level[1])}", name)
-        state[name] = tensor[:, :, None, None] if "attentions" in name and tensor.ndim == 2 else tensor
     ours = VAE(cfg).double()
-    load_into(ours, rename(state, DIFFUSERS), table.VAE)
+    load_layout(ours, theirs.state_dict(), table.VAES)
     return theirs, ours
 
 

@@ -12,7 +12,8 @@ from tests.published import published
 from unifashion import vit
 from unifashion.config import FULL
 from unifashion.vit import ViT, ViTConfig
-from weights.rename import Table, load_into, rename, under
+from weights.qformer import VITS
+from weights.rename import Table, load_into, load_layout, under
 from weights.vit import VIT
 
 
@@ -98,20 +99,6 @@ def test_parity_notices_in_the_table(fault: str):
 
 # helpers
 
-TRANSFORMERS: Table = {  # transformers' names -> LAVIS'
-    "embeddings.class_embedding": "cls_token",
-    "embeddings.position_embedding": "pos_embed",
-    "embeddings.patch_embedding.*": "patch_embed.proj.*",
-    "encoder.layers.#.layer_norm1.*": "blocks.#.norm1.*",
-    "encoder.layers.#.self_attn.qkv.weight": "blocks.#.attn.qkv.weight",
-    "encoder.layers.#.self_attn.q_bias": "blocks.#.attn.q_bias",
-    "encoder.layers.#.self_attn.v_bias": "blocks.#.attn.v_bias",
-    "encoder.layers.#.self_attn.projection.*": "blocks.#.attn.proj.*",
-    "encoder.layers.#.layer_norm2.*": "blocks.#.norm2.*",
-    "encoder.layers.#.mlp.*": "blocks.#.mlp.*",
-    "post_layernorm.*": None,  # ln_vision
-}
-
 
 def lavis(table: Table = VIT) -> tuple[goldens.Golden, nn.ModuleDict]:
     golden = goldens.load("eva_vit")
@@ -141,24 +128,17 @@ def transformers_pair() -> tuple[Blip2VisionModel, ViT]:
         )
     )
     randomise(theirs, seed=0)
-    state = split_qkv_bias(theirs)
+    without_key_bias(theirs)
     ours = ViT(ViTConfig(image_size=(42, 42), patch_size=14, dim=40, depth=3, heads=5, mlp_dim=56)).double()
-    load_into(ours, rename(state, TRANSFORMERS), VIT)
+    load_layout(ours, {f"vision_model.{name}": x for name, x in theirs.state_dict().items()}, VITS)
     return theirs, ours
 
 
-def split_qkv_bias(theirs: Blip2VisionModel) -> dict[str, Tensor]:
-    """They fuse (q_bias, 0, v_bias) into one; the keys' third must be 0 to be EVA's model."""
-    state = {}
-    for name, tensor in theirs.state_dict().items():
+def without_key_bias(theirs: nn.Module) -> None:
+    """Of their fused bias the keys' third must be 0 to be EVA's model."""
+    for name, x in theirs.state_dict().items():
         if name.endswith("qkv.bias"):
-            q, k, v = tensor.chunk(3)
-            k.zero_()
-            state[name.replace("qkv.bias", "q_bias")] = q
-            state[name.replace("qkv.bias", "v_bias")] = v
-        else:
-            state[name] = tensor
-    return state
+            x.chunk(3)[1].zero_()
 
 
 def embed(model: ViT, image: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
     python infer.py tryon --person person.jpg --sketch sketch.png --text "red, long sleeves, v-neck" --out out.png
     python infer.py caption --image cloth.jpg another.jpg --style fashion200k
     python infer.py caption --image fashioniq/images --style fashioniq-cap --out fashioniq/captions.jsonl
+    python infer.py caption --image fashioniq/images --model llava --keywords keywords.txt --out captions.jsonl
     python infer.py index --images photos --out catalog
     python infer.py search --catalog catalog --image cloth.jpg --text "is red" --sheet found.png
 
@@ -84,93 +85,69 @@ def tryon(args: argparse.Namespace) -> None:
 
 def caption(args: argparse.Namespace) -> None:
     """Describe garments in the manner of one of the data sets: short, professional or detailed."""
-    from tqdm import tqdm
+    from functools import partial
 
-    from unifashion import training
-    from unifashion.caption import CaptionFile, check_search, pictures_of, write_captions
-    from unifashion.preprocess import qformer_image, read_image
-    from weights.load import captioner, llm_tokenizer, load_unifashion, sha256
+    from unifashion import caption as captions
+    from unifashion import llava, training
+    from weights.llava import llava_captioner, llava_tokenizer, load_llava
+    from weights.load import captioner, llm_tokenizer, load_unifashion
 
     notes: list[str] = []
+    keywords: tuple[str, ...] = ()
+    if args.model == "llava":
+        if args.preset == "tiny":
+            raise UserError("--model llava has one size: leave --preset tiny out")
+        args.preset = "full"
+    elif args.keywords:
+        raise UserError("--keywords is for --model llava: UniFashion knows the instructions of Table 7 alone")
     cfg, device, dtype = settle(args, notes)
-    words = llm_tokenizer(args.preset, args.weights)
-    check_search(cfg, words, args.style, args.max_tokens, args.beams)
-    by = captioner(args.preset, args.weights) + f" beams {args.beams}" * (args.beams > 1)
-    named = pictures_of(args.image)
-    # Beside a file pictures are told from there: however the command is said, a picture has one name.
-    told = {path: os.path.relpath(path, args.out.parent) if args.out else str(path) for path in named}
-    images = {path: {"image": told[path], "style": args.style, "model": by} for path in named}
-    done = CaptionFile(args.out, by) if args.out else None
-    todo: list[Path] = []
-    bad: list[str] = []
-    skipped: dict[Path, str] = {}  # of folders, whose other pictures need not wait for them
-    for path, row in tqdm(images.items(), "looking", unit="picture", disable=args.quiet or len(images) < 50):
-        try:
-            row["sha256"] = sha256(path) if os.path.isfile(path) else ""
-            if done is None or not done.has(row, args.max_tokens):
-                read_image(path)  # to complain now, of all at once, rather than after an hour
-                todo.append(path)
-        except (UserError, OSError) as error:  # of a disk, too
-            if named[path]:
-                bad.append(str(error))
-            else:
-                skipped[path] = str(error)
-    if bad or len(skipped) == len(images):
-        raise UserError("; ".join(bad or skipped.values()))
-    images = {path: row for path, row in images.items() if path not in skipped}
-    if skipped:
-        print(*(f"skipped: {plain(why)}\n" for why in skipped.values()), sep="", end="", file=sys.stderr)
-        notes.append(f"{len(skipped)} of {len(named)} pictures cannot be read and are skipped")
-    if len(todo) < len(images):
-        notes.append(f"{len(images) - len(todo)} of {len(images)} pictures have their caption in {args.out}")
+    if args.model == "llava":
+        keywords = captions.read_keywords(args.keywords) if args.keywords else ()
+        cfg, words = llava.LLAVA_7B, llava_tokenizer(args.weights)
+        by, load = llava_captioner(args.weights, keywords), load_llava
+    else:
+        words, by = llm_tokenizer(args.preset, args.weights), captioner(args.preset, args.weights)
+        load = partial(load_unifashion, args.preset, draws=False, writes=True)
+    captions.check_search(cfg, words, args.style, args.max_tokens, args.beams, keywords)
+    by += f" beams {args.beams}" * (args.beams > 1)
+    job = captions.Job(args.image, args.style, by, args.max_tokens, args.out, args.quiet)
+    print(*(f"skipped: {plain(why)}\n" for why in job.skipped.values()), sep="", end="", file=sys.stderr)
+    notes += job.notes()
 
     training.fast_malloc()
-    model = (
-        load_unifashion(args.preset, args.weights, device, dtype, draws=False, writes=True) if todo else None
-    )
+    model = load(args.weights, device, dtype) if job.todo else None
     tell(args, notes)
-    written: list[Caption] = []
-    seconds, size = 0.0, max(1, BATCH // args.beams)
-    with tqdm(total=len(todo), desc="captions", unit="picture", disable=args.quiet) as bar:
-        for i in range(0, len(todo), size):
-            batch = todo[i : i + size]
-            pictures = [qformer_image(read_image(path), cfg.vit.image_size[0]) for path in batch]
-            start = time.perf_counter()
-            found = write_captions(model, words, pictures, args.style, args.max_tokens, args.beams)
-            seconds += time.perf_counter() - start
-            for path, one in zip(batch, found, strict=True):
-                images[path] |= {"caption": one.text, "tokens": one.tokens, "whole": one.whole}
-            if done is not None:
-                done.add([images[path] for path in batch])
-            elif not args.json:
-                bar.clear()
-                for path in batch:
-                    text = " ".join(images[path]["caption"].split())  # on one line, whatever the LLM writes
-                    print(f"{path}: " * (len(images) > 1) + text, flush=True)
-            written += found
-            bar.update(len(batch))
-    if done is not None:
-        done.finish()
-    tokens = sum(one.tokens for one in written)
+
+    def write(pictures: list[torch.Tensor]) -> list[Caption]:
+        search = args.max_tokens, args.beams
+        return captions.write_captions(model, words, pictures, args.style, *search, keywords)
+
+    for batch in job.work(max(1, BATCH // args.beams), partial(captions.read_picture, cfg), write):
+        for path in batch if job.file is None and not args.json else []:
+            text = " ".join(job.rows[path]["caption"].split())  # on one line, whatever the LLM writes
+            print(f"{path}: " * (len(job.rows) > 1) + text, flush=True)
+    written = [job.rows[path] for path in job.todo]
+    tokens = sum(row["tokens"] for row in written)
     used = {
         "tokens": tokens,
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "seconds": round(job.seconds, 2),
+        "tokens_per_second": round(tokens / max(job.seconds, 1e-9), 1),
+        "cut": sum(not row["whole"] for row in written),
     }
-    used["cut"] = sum(not one.whole for one in written)
-    if empty := [told[path] for path, row in images.items() if not row.get("caption", "-").strip()]:
+    if empty := [row["image"] for row in written if not row["caption"].strip()]:
         print(f"note: {len(empty)} of the captions are empty, that of {empty[0]} for one", file=sys.stderr)
     if args.json:
-        rows = [row if done is None else done.of(row) for row in images.values()]
-        used |= {"skipped": [*skipped.values()], "device": args.device, "dtype": args.dtype, "notes": notes}
-        print(json.dumps({"captions": rows, **used}))
+        rows = [row if job.file is None else job.file.of(row) for row in job.rows.values()]
+        used |= {"skipped": [*job.skipped.values()], "device": args.device, "dtype": args.dtype}
+        print(json.dumps({"captions": rows, **used, "notes": notes}))
     elif not written and not args.quiet:
         print("no new captions", file=sys.stderr)
     elif not args.quiet:
         cut = f"; {used['cut']} cut at --max-tokens {args.max_tokens}" * (used["cut"] > 0)
-        cut += f"; written to {args.out}" * (done is not None)
+        cut += f"; written to {args.out}" * (job.file is not None)
         print(
-            f"{tokens} tokens in {seconds:.2f} s, {used['tokens_per_second']} a second{cut}", file=sys.stderr
+            f"{tokens} tokens in {job.seconds:.2f} s, {used['tokens_per_second']} a second{cut}",
+            file=sys.stderr,
         )
 
 
@@ -393,7 +370,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="fashiongen",
         help="fashion200k, which is short, fashiongen, professional, or fashioniq-cap, detailed (default %(default)s)",
     )
-    p.add_argument("--model", choices=["unifashion"], default="unifashion", help="default %(default)s")
+    p.add_argument(
+        "--model",
+        choices=["unifashion", "llava"],
+        default="unifashion",
+        help="llava is LLaVA-1.5-7B as published, and needs no training of ours (default %(default)s)",
+    )
+    help_ = "a word a line, of which llava is to use those that match the picture (unifashion.data.keywords)"
+    p.add_argument("--keywords", type=Path, metavar="FILE", help=help_)
     p.add_argument("--beams", type=int, default=1, help="1 is greedy (default %(default)s)")
     p.add_argument("--max-tokens", type=int, default=128, help="of a caption (default %(default)s)")
     p.add_argument(

@@ -85,15 +85,21 @@ def qformer_image(image: Image.Image, size: int = 224, ratio: float = 1.0, fill:
     middle cut out. Ratio 1 on white shows the whole garment; ratio 1.25 on black is `targetpad_transform` of the
     official code (src/data_utils.py), which cuts a tenth off either end of a tall picture.
     """
-    if max(image.size) > 8192:  # a panorama padded to a square would not fit in memory
-        image = image.copy()
-        image.thumbnail((8192, 8192))
+    image = _bounded(image)
     short, long = min(image.size), max(image.size)
     if long / short >= ratio:
         # Truncated to whole pixels on both sides, as the official code does: up to 2 pixels short of the ratio.
         x, y = (int(max((long / ratio - side) / 2, 0)) for side in image.size)
         image = ImageOps.expand(image, (x, y, x, y), fill=(fill, fill, fill))
     return _middle(image, size)
+
+
+def _bounded(image: Image.Image) -> Image.Image:
+    """A panorama padded to a square would not fit in memory."""
+    if max(image.size) > 8192:
+        image = image.copy()
+        image.thumbnail((8192, 8192))
+    return image
 
 
 def _middle(image: Image.Image, size: int) -> Tensor:
@@ -116,6 +122,17 @@ def clip_image(image: Image.Image, size: int = 224) -> Tensor:
     if size**2 * max(image.size) > MAX_PIXELS * min(image.size):
         raise UserError(f"a picture of {image.width}x{image.height} pixels is too long and thin")
     return _middle(image, size)
+
+
+def llava_image(image: Image.Image, size: int = 336) -> Tensor:
+    """RGB image -> (3,size,size) float32, normalised with CLIP's mean and standard deviation, as LLaVA-1.5 reads it.
+
+    All of it is seen: padded to a square with CLIP's mean colour, which is 0 afterwards but for the rounding (`expand2square`
+    of the official code, image_aspect_ratio "pad"), and resized (bicubic).
+    """
+    mean = tuple(int(255 * level) for level in CLIP_MEAN.flatten().tolist())
+    square, _ = pad_to_ratio(_bounded(image), 1, mean)
+    return _middle(square, size)
 
 
 # What the U-Net side reads (StableVITON's dataset.py)
@@ -168,11 +185,11 @@ def _neighbours(source: int, target: int) -> tuple[np.ndarray, ...]:
 
 
 def pad_to_ratio(
-    image: Image.Image, ratio: float = 3 / 4, fill: int = 255
+    image: Image.Image, ratio: float = 3 / 4, fill: int | tuple[int, ...] = 255
 ) -> tuple[Image.Image, tuple[int, int, int, int]]:
     """RGB or L image -> the image centred on a canvas of width / height = `ratio`, and the box it takes there.
 
-    `fill` is a level 0..255; a mask wants 0 (nothing to repaint there). The box is (x0, y0, x1, y1) in canvas pixels.
+    `fill` is a level 0..255, or one of each band; a mask wants 0 (nothing to repaint there). The box is (x0, y0, x1, y1) in canvas pixels.
     Raises UserError for a strip so long and thin that the canvas would be enormous.
     """
     width, height = (
@@ -182,7 +199,8 @@ def pad_to_ratio(
     if width * height > 4 * MAX_PIXELS:
         raise UserError(f"a picture of {image.width}x{image.height} pixels is too long and thin")
     x, y = (width - image.width) // 2, (height - image.height) // 2
-    canvas = Image.new(image.mode, (width, height), (fill,) * len(image.getbands()))
+    colour = fill if isinstance(fill, tuple) else (fill,) * len(image.getbands())
+    canvas = Image.new(image.mode, (width, height), colour)
     canvas.paste(image, (x, y))
     return canvas, (x, y, x + image.width, y + image.height)
 

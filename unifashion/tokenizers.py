@@ -61,6 +61,9 @@ INSTRUCTIONS = {  # Table 7, word for word
     "fashioniq-cap": "Describe the cloth’s style, color, design… and other key points.",
 }
 
+# What Vicuna, and so LLaVA-1.5, has read before every question.
+SYSTEM = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
+
 
 class WordPiece:
     """BERT's uncased tokenizer (arXiv 1810.04805) with BLIP-2's [DEC] appended as the last id.
@@ -263,10 +266,39 @@ def prompt(tokenizer: SentencePiece, style: str) -> tuple[list[int], list[int]]:
     as a text of its own: ":", "▁a", "▁red", the pieces of the whole written in one go. A space here would be a piece
     of its own, and the answer's first word one without its space: ":", "▁", "a". Raises UserError for an unknown style.
     """
-    if style not in INSTRUCTIONS:
-        raise UserError(f"unknown caption style {style!r}: it is one of {', '.join(INSTRUCTIONS)}")
+    _check_style(style)
     after = f"</Img>{INSTRUCTIONS[style]} Assistant:"
     return tokenizer.encode("USER: <Img>"), tokenizer.encode(after, bos=False, prefix=False)
+
+
+def llava_prompt(
+    tokenizer: SentencePiece, style: str, keywords: tuple[str, ...] = ()
+) -> tuple[list[int], list[int]]:
+    """Ids before and after a picture's soft tokens in LLaVA-1.5's template. Table 7's instruction is the question.
+
+    `keywords`, if any, are offered as appendix C does: LLaVA is to use those that match the picture. Raises UserError for an
+    unknown style.
+    """
+    _check_style(style)
+    question = INSTRUCTIONS[style]
+    if keywords:
+        question += " Use those of these words that match the picture, and leave out the others: "
+        question += ", ".join(keywords) + "."
+    return around_image(tokenizer, f"{SYSTEM} USER: <image>\n{question} ASSISTANT:")
+
+
+def around_image(tokenizer: SentencePiece, text: str) -> tuple[list[int], list[int]]:
+    """Ids of what is before the <image> of a text, after <s>, and of what is behind it.
+
+    Two texts to LLaVA: the second, too, gets SentencePiece's dummy prefix, a space.
+    """
+    before, after = text.split("<image>")
+    return tokenizer.encode(before), tokenizer.encode(after, bos=False)
+
+
+def _check_style(style: str) -> None:
+    if style not in INSTRUCTIONS:
+        raise UserError(f"unknown caption style {style!r}: it is one of {', '.join(INSTRUCTIONS)}")
 
 
 def answer_ids(tokenizer: SentencePiece, text: str, room: int) -> list[int]:

@@ -23,25 +23,57 @@ LAYER: Table = {
     "self_attn.rotary_emb.inv_freq":    None,  # the speeds of rotation as a tensor: `rotations` computes them
 }
 
-LLAMA: Table = {
-    "model.embed_tokens.weight":  "embed.weight",
-    **under("model.layers.#.",    "layers.#.", LAYER),
-    "model.norm.weight":          "norm.weight",
-    "lm_head.weight":             "lm_head.weight",
-    "model.mm_projector.*":       None,  # LLaVA's own way from its picture to its tokens
+BODY: Table = {
+    "embed_tokens.weight":              "embed.weight",
+    **under("layers.#.",                "layers.#.", LAYER),
+    "norm.weight":                      "norm.weight",
 }
-# fmt: on
 
-# fmt: off
+HEAD: Table = {
+    "lm_head.weight":                   "lm_head.weight",
+}
+
+LLAMA: Table = {
+    **under("model.",                   "", BODY),
+    **HEAD,
+    "model.mm_projector.*":             None,  # LLaVA's own way from its picture to its tokens
+}
+
 LLAVA_HF: Table = {  # llava-1.5-7b-hf: the whole of LLaVA
-    **under("language_model.",     "",       {row: ours for row, ours in LLAMA.items() if "mm_projector" not in row}),
-    "vision_tower.*":              None,  # its CLIP
-    "multi_modal_projector.*":     None,  # and its way from there to tokens
+    **under("language_model.model.",    "", BODY),
+    **under("language_model.",          "", HEAD),
+    "vision_tower.*":                   None,  # its CLIP
+    "multi_modal_projector.*":          None,  # and its way from there to tokens
+}
+
+LLAVA_HF_5: Table = {  # the same, as transformers 5 names it
+    **under("model.language_model.",    "", BODY),
+    **HEAD,
+    "model.vision_tower.*":             None,
+    "model.multi_modal_projector.*":    None,
 }
 # fmt: on
 
 # Rows that transformers appended for <image> and <pad>: random, never trained.
 APPENDED = 64
+
+
+def edition(folder: Path, tables: tuple[Table, ...]) -> Table:
+    """
+    The one of `tables` that has the word embeddings under the name by which the files in `folder` hold them: LLaVA's names were
+    changed. If none has, the first, which then says what it misses. Raises UserError as `read_llama`.
+    """
+    if len(tables) > 1:
+        names = {name for shard in shards_of(folder) for name in read_checkpoint(shard)}
+        for table in tables:
+            if any(_kind(ours) == "embed.weight" and row in names for row, ours in table.items()):
+                return table
+    return tables[0]
+
+
+def _kind(ours: str | None) -> str:
+    """Our name as a Llama has it, which in a table of all of LLaVA is one part."""
+    return (ours or "").removeprefix("llama.")
 
 
 def read_llama(folder: Path, table: Table, vocab_size: int) -> dict[str, Tensor]:
@@ -54,7 +86,7 @@ def read_llama(folder: Path, table: Table, vocab_size: int) -> dict[str, Tensor]
     merged = read_folder(folder)
     for name in merged:
         if (
-            table.get(name) in ("embed.weight", "lm_head.weight")
+            _kind(table.get(name)) in ("embed.weight", "lm_head.weight")
             and len(merged[name]) == vocab_size + APPENDED
         ):
             print(

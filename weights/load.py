@@ -26,7 +26,7 @@ from unifashion.runs import part_of
 from unifashion.tokenizers import SentencePiece, WordPiece
 from weights.containers import read_checkpoint
 from weights.garment import STABLEVITON, load_stableviton
-from weights.llama import LLAMA, LLAVA_HF, read_llama
+from weights.llama import LLAMA, LLAVA_HF, LLAVA_HF_5, edition, read_llama
 from weights.qformer import QFORMER
 from weights.rename import Table, load_into
 from weights.vae import VAE
@@ -42,8 +42,12 @@ EVA, BLIP2, VOCAB = "eva_vit_g.pth", "blip2_pretrained.pth", "bert_vocab.txt"
 # The first that is there: PBE_pose is what StableVITON's own training started from.
 TRYON = ("VITONHD_PBE_pose.ckpt", "VITONHD.ckpt")
 TRYON_VAE = "VITONHD_VAE_finetuning.ckpt"  # without it, the VAE inside TRYON
-# Folders of shards, the first that is there; LLaVA fine-tuned all of its Vicuna.
-LLMS = {"vicuna-7b-v1.5": LLAMA, "llava-v1.5-7b": LLAMA, "llava-1.5-7b-hf": LLAVA_HF}
+# Folders of shards, the first that is there, and the editions of their names; LLaVA fine-tuned all of its Vicuna.
+LLMS = {
+    "vicuna-7b-v1.5": (LLAMA,),
+    "llava-v1.5-7b": (LLAMA,),
+    "llava-1.5-7b-hf": (LLAVA_HF, LLAVA_HF_5),
+}
 WORDS = {"tiny": "llama_tokenizer.model", "full": "tokenizer.model"}  # of FULL in the LLM's folder
 VAE_INSIDE: Table = {
     row: ours.removeprefix("vae.") if ours and ours.startswith("vae.") else None
@@ -267,8 +271,10 @@ def _blank(preset: str, draws: bool, writes: bool) -> UniFashion:
         return UniFashion(PRESETS[preset], draws, writes)
 
 
-def _public_files(preset: str, folder: Path, parts: Iterable[str]) -> dict[str, tuple[Path, Table]]:
-    """{part: its file, and the table that reads it}; what is missing is told before gigabytes of the rest are read."""
+def _public_files(
+    preset: str, folder: Path, parts: Iterable[str]
+) -> dict[str, tuple[Path, Table | tuple[Table, ...]]]:
+    """{part: its file, and the table that reads it, or of a folder those that may}; what is missing is told before gigabytes of the rest are read."""
     if preset == "tiny":
         return {part: (wanted(preset, folder, f"{part}.safetensors"), {"*": "*"}) for part in parts}
     choices = {
@@ -283,7 +289,7 @@ def _public_files(preset: str, folder: Path, parts: Iterable[str]) -> dict[str, 
 
 def _fill(
     model: UniFashion,
-    files: dict[str, tuple[Path, Table]],
+    files: dict[str, tuple[Path, Table | tuple[Table, ...]]],
     preset: str,
     device: str | torch.device,
     dtype: torch.dtype,
@@ -293,7 +299,7 @@ def _fill(
         module, to = getattr(model, part), llm_dtype if part == "llama" else dtype
         with _naming(path, preset):  # no name for the checkpoint: load_into frees it tensor by tensor
             if path.is_dir():
-                rows = model.cfg.llama.vocab_size
+                table, rows = edition(path, table), model.cfg.llama.vocab_size
                 load_into(module, read_llama(path, table, rows), table, dtype=to, device=device)
             else:
                 load_into(module, read_checkpoint(path), table, dtype=to, device=device)

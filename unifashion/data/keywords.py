@@ -10,8 +10,8 @@ are frequent.
 A caption says what a garment has that another has not: "is longer and has darker stripes". Its words are taken back to
 their roots (long, dark, stripe) by the rules of `root`, and words without a garment in them (is, has, more, than) are left out.
 
-The paper gave the list to LLaVA, which follows instructions, to choose from. Our own captioner knows the instructions of
-Table 7 alone, and `infer.py caption` takes no list: of what the tiny one claims of 64 garments 95 % is true, but 72 % with five
+The paper gave the list to LLaVA, which follows instructions, to choose from: `infer.py caption --model llava --keywords FILE`.
+Our own captioner knows the instructions of Table 7 alone, and takes no list: of what the tiny one claims of 64 garments 95 % is true, but 72 % with five
 such words in its instruction, and 44 % with twenty.
 """
 

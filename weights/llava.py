@@ -1,0 +1,156 @@
+"""LLaVA-1.5-7B as it is published -> `unifashion.llava.LLaVA`.
+
+llava-1.5-7b-hf/    all of it, in shards; transformers 5 has other names for the same tensors
+llava-v1.5-7b/      liuhaotian's own: LLM and projector in shards; its image tower is CLIP's, as OpenAI published it,
+                    clip-vit-large-patch14-336/
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from unifashion import UserError, llava
+from unifashion.llava import LLaVA
+from unifashion.tokenizers import SentencePiece
+from weights.clip import HF_IMAGE
+from weights.llama import BODY, HEAD, edition, read_llama, shards_of
+from weights.load import HUB, folder_of
+from weights.rename import Table, load_into, read_checkpoint, under
+
+# fmt: off
+HF: Table = {
+    # original                                  ours
+    **under("vision_tower.vision_model.",       "image.", HF_IMAGE),
+    "multi_modal_projector.linear_1.*":         "projector.fc1.*",
+    "multi_modal_projector.linear_2.*":         "projector.fc2.*",
+    **under("language_model.model.",            "llama.", BODY),
+    **under("language_model.",                  "llama.", HEAD),
+}
+
+HF_5: Table = {
+    **under("model.vision_tower.",              "image.", HF_IMAGE),
+    "model.multi_modal_projector.linear_1.*":   "projector.fc1.*",
+    "model.multi_modal_projector.linear_2.*":   "projector.fc2.*",
+    **under("model.language_model.",            "llama.", BODY),
+    **under("",                                 "llama.", HEAD),
+}
+
+ORIGINAL: Table = {  # all but the image tower
+    "model.mm_projector.0.*":                   "projector.fc1.*",
+    "model.mm_projector.2.*":                   "projector.fc2.*",  # 1 is the GELU
+    **under("model.",                           "llama.", BODY),
+    **under("",                                 "llama.", HEAD),
+}
+
+TOWER: Table = {  # of CLIP's own file, the image tower alone
+    **under("vision_model.",                    "", HF_IMAGE),
+    "text_model.*":                             None,  # LLaVA does not compare pictures with texts
+    "visual_projection.weight":                 None,  # the way to where they are compared
+    "text_projection.weight":                   None,
+    "logit_scale":                              None,
+}
+# fmt: on
+
+# The first that is there, and the editions of its names.
+FOLDERS = {"llava-1.5-7b-hf": (HF, HF_5), "llava-v1.5-7b": (ORIGINAL,)}
+CLIP = "clip-vit-large-patch14-336"
+CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def llava_files(folder: Path | None = None) -> tuple[Path, list[Path]]:
+    """
+    The folder of LLaVA in `folder` (without it, weights/files), and all its files of weights, CLIP's last if it is apart.
+
+    Raises UserError, which says where to get it, for what is missing.
+    """
+    folder = folder_of("full", folder)
+    place = next((folder / name for name in FOLDERS if (folder / name).is_dir()), None)
+    if place is None:
+        name = next(iter(FOLDERS))
+        raise UserError(
+            f"{folder / name} is missing: get the .safetensors files and tokenizer.model of {HUB}/llava-hf/{name} into this folder"
+        )
+    files = shards_of(place)
+    if ORIGINAL in FOLDERS[place.name]:
+        tower = next((folder / CLIP / name for name in CLIP_FILES if (folder / CLIP / name).is_file()), None)
+        if tower is None:
+            raise UserError(
+                f"{folder / CLIP / CLIP_FILES[1]} is missing: {place.name} has no image tower of its own, get this file of "
+                f"{HUB}/openai/{CLIP} into this folder"
+            )
+        files.append(tower)
+    return place, files
+
+
+def load_llava(
+    folder: Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LLaVA:
+    """
+    LLaVA-1.5-7B, ready for inference, from whichever of its layouts is in `folder`. Cast and moved tensor by tensor: there are
+    never two copies in memory. Raises UserError for a file that is missing, damaged, or another network's.
+    """
+    place, files = llava_files(folder)
+    with torch.device("meta"):
+        model = LLaVA(llava.LLAVA_7B)
+    table, rows = edition(place, FOLDERS[place.name]), model.cfg.llama.vocab_size
+    at = place
+    try:  # no names for the checkpoints: load_into frees them tensor by tensor
+        if table is ORIGINAL:
+            rest = nn.ModuleDict({"projector": model.projector, "llama": model.llama})
+            load_into(rest, read_llama(place, table, rows), table, dtype=dtype, device=device)
+            at = files[-1]
+            load_into(model.image, read_checkpoint(at), TOWER, dtype=dtype, device=device)
+        else:
+            load_into(model, read_llama(place, table, rows), table, dtype=dtype, device=device)
+    except UserError as error:
+        told = str(error)
+        expected = "the CLIP" if at != place else "the LLaVA-1.5-7B"
+        raise UserError(
+            told if told.startswith(str(at)) else f"{at} is not {expected} that was expected: {told}"
+        ) from None
+    return model.eval().requires_grad_(False)
+
+
+def llava_tokenizer(folder: Path | None = None) -> SentencePiece:
+    """Vicuna's tokenizer, beside the weights. Raises UserError if it is missing, damaged, or of another size than the vocabulary."""
+    place, _ = llava_files(folder)
+    path, rows = place / "tokenizer.model", llava.LLAVA_7B.llama.vocab_size
+    if not path.is_file():
+        raise UserError(f"{path} is missing: it is published beside the weights")
+    words = SentencePiece(path)
+    if len(words) != rows:
+        raise UserError(f"{path} does not fit {place.name}: {len(words)} pieces, {rows} in the LLM")
+    return words
+
+
+def llava_captioner(folder: Path | None = None, keywords: tuple[str, ...] = ()) -> str:
+    """
+    Who writes captions: the layout, the beginning of a hash of its weights, and one of the key words.
+
+    To read 14 GB for a name would take longer than many a caption. Of each file the size and samples of its bytes are hashed
+    (`_sample`): weights that were trained on, cut short or exchanged have another name; one number that was changed by hand may not.
+    """
+    place, files = llava_files(folder)
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(_sample(path))
+    by = f"{place.name} {digest.hexdigest()[:12]}"
+    if keywords:
+        listed = "\n".join(keywords).encode()
+        by += f" keywords {hashlib.sha256(listed).hexdigest()[:12]}"
+    return by
+
+
+def _sample(path: Path, places: int = 256, width: int = 4096) -> bytes:
+    """The size of a file and `width` bytes of it at so many places, evenly spread: the first are its beginning, the last its end."""
+    size = path.stat().st_size
+    parts = [str(size).encode()]
+    with open(path, "rb") as file:
+        for i in range(places):
+            file.seek(max(0, size - width) * i // (places - 1))
+            parts.append(file.read(width))
+    return b"".join(parts)

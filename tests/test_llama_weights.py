@@ -13,11 +13,16 @@ from unifashion.config import FULL
 from unifashion.llama import Llama, LlamaConfig
 from weights import llama
 from weights.containers import shards_of
-from weights.llama import LLAMA, LLAVA_HF, read_llama
+from weights.llama import LLAMA, LLAVA_HF, LLAVA_HF_5, edition, read_llama
 from weights.rename import Table, load_into, rename
 
 CFG = LlamaConfig(vocab_size=31, dim=16, depth=2, heads=2, mlp_dim=24, context=32)
-PUBLISHED = {"vicuna_7b_v1_5": LLAMA, "llava_v1_5_7b_liuhaotian": LLAMA, "llava_1_5_7b_hf": LLAVA_HF}
+PUBLISHED = {
+    "vicuna_7b_v1_5": LLAMA,
+    "llava_v1_5_7b_liuhaotian": LLAMA,
+    "llava_1_5_7b_hf": LLAVA_HF,
+    "llava_1_5_7b_hf_transformers5_names": LLAVA_HF_5,
+}
 
 # the published files
 
@@ -43,7 +48,22 @@ def test_what_is_left_out_of_the_published_files_is_known_by_name():
         "vision_tower",
         "multi_modal_projector",
     }
-    assert len(left["llava_1_5_7b_hf"]) == 391 + 4
+    assert {name.rpartition("_tower.")[0] for name in left["llava_1_5_7b_hf_transformers5_names"]} >= {
+        "model.vision"
+    }
+    assert len(left["llava_1_5_7b_hf"]) == len(left["llava_1_5_7b_hf_transformers5_names"]) == 391 + 4
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_names_in_the_files_tell_which_edition_they_are(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(llama, "shards_of", lambda folder: [folder])
+    monkeypatch.setattr(llama, "read_checkpoint", lambda path: published(name))
+    tables = LLAMA, LLAVA_HF, LLAVA_HF_5
+    assert edition(Path(name), tables) is PUBLISHED[name]
+    others = tuple(table for table in tables if table is not PUBLISHED[name])
+    assert edition(Path(name), others) is others[0]  # which does not fit, and says so
+    monkeypatch.setattr(llama, "shards_of", lambda folder: pytest.fail("looked where there is no choice"))
+    assert edition(Path(name), (LLAMA,)) is LLAMA
 
 
 def test_rows_that_llava_hf_appended_are_cut_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -22,14 +22,12 @@ from weights import load
 from weights.clip import HF as CLIP_HF
 from weights.llama import LLAVA_HF, LLAVA_HF_5, edition, read_llama
 from weights.llava import (
-    CLIP as TOWER_FOLDER,
-)
-from weights.llava import (
     FOLDERS,
     HF,
     HF_5,
     ORIGINAL,
     TOWER,
+    TOWER_FOLDER,
     llava_captioner,
     llava_tokenizer,
     load_llava,
@@ -142,12 +140,15 @@ def test_swapped_layers_of_the_projector_do_not_load():
 
 
 @pytest.mark.parametrize(
-    ("name", "table"), [("llava_1_5_7b_hf", HF), ("llava_1_5_7b_hf_transformers5", HF_5)]
+    ("name", "table", "llm"),
+    [("llava_1_5_7b_hf", HF, LLAVA_HF), ("llava_1_5_7b_hf_transformers5_names", HF_5, LLAVA_HF_5)],
 )
-def test_the_full_model_is_the_published_one(name: str, table: Table, monkeypatch: pytest.MonkeyPatch):
+def test_the_full_model_is_the_published_one(
+    name: str, table: Table, llm: Table, monkeypatch: pytest.MonkeyPatch
+):
     file = stand_in(monkeypatch, name)
     assert edition(Path(name), (HF, HF_5)) is table
-    assert edition(Path(name), (LLAVA_HF, LLAVA_HF_5)) is {id(HF): LLAVA_HF, id(HF_5): LLAVA_HF_5}[id(table)]
+    assert edition(Path(name), (LLAVA_HF, LLAVA_HF_5)) is llm
     model = meta()
     load_into(model, read_llama(Path(name), table, 32000), table)
     assert sum(x.numel() for x in model.parameters()) == 7_063_427_072 - 2 * 64 * 4096
@@ -181,7 +182,7 @@ def test_a_tensor_that_no_row_names_is_refused(table: Table, monkeypatch: pytest
     stand_in(monkeypatch, "llava_v1_5_7b")
     assert edition(Path(), (HF, HF_5)) is HF  # the first
     with pytest.raises(UserError, match="no row of the table names it"):
-        load_into(meta(), published("llava_v1_5_7b"), table)
+        load_into(meta(), published("llava_v1_5_7b_liuhaotian"), table)
 
 
 # folders

@@ -24,7 +24,7 @@ from unifashion.vae import VAEConfig
 from unifashion.vit import ViTConfig
 from weights import load
 from weights.garment import STABLEVITON
-from weights.llama import LLAMA, LLAVA_HF
+from weights.llama import LLAMA, LLAVA_HF, LLAVA_HF_5
 from weights.load import (
     FOLDERS,
     default_preset,
@@ -249,11 +249,14 @@ def test_a_model_of_another_preset_or_half_trained_is_refused_by_name(source: Un
         load_unifashion("full", folder)
 
 
-@pytest.mark.parametrize("name", [VICUNA, "llava-v1.5-7b", LLAVA])
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [(VICUNA, LLAMA), ("llava-v1.5-7b", LLAMA), (LLAVA, LLAVA_HF), (LLAVA, LLAVA_HF_5)],
+)
 def test_the_half_that_writes_is_made_from_its_own_files_alone(
-    writer: UniFashion, folder: Path, capsys: pytest.CaptureFixture, name: str
+    writer: UniFashion, folder: Path, capsys: pytest.CaptureFixture, name: str, table: Table
 ):
-    write_llm(writer, folder / name, LLAVA_HF if name == LLAVA else LLAMA)
+    write_llm(writer, folder / name, table)
     (folder / "VITONHD_PBE_pose.ckpt").unlink()
     model = load_public("full", folder, draws=False, writes=True)
     different = wrong_tensors(model, writer)
@@ -508,13 +511,14 @@ def write_llm(model: UniFashion, folder: Path, table: Table) -> None:
     folder.mkdir()
     base = {k: v for k, v in model.llama.state_dict().items() if "lora" not in k}
     tensors = original(base, table)
-    if table is LLAVA_HF:
+    if table is not LLAMA:
         for name, tensor in tensors.items():
             if len(tensor) == SMALL.llama.vocab_size:
                 tensors[name] = torch.cat([tensor, torch.randn(64, tensor.shape[1])])
         tensors |= {
-            "vision_tower.vision_model.a.weight": torch.ones(3),
-            "multi_modal_projector.b": torch.ones(3),
+            row.replace("*", "a.weight"): torch.ones(3)
+            for row, ours in table.items()
+            if ours is None and "*" in row
         }
     elif folder.name == VICUNA:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -523,7 +527,7 @@ def write_llm(model: UniFashion, folder: Path, table: Table) -> None:
     names = list(tensors)
     for i, some in enumerate((names[:7], names[7:]), start=1):
         shard = {name: tensors[name].contiguous() for name in some}
-        if table is LLAVA_HF:
+        if table is not LLAMA:
             save_file(shard, folder / f"model-{i:05}-of-00002.safetensors")
         else:
             torch.save(shard, folder / f"pytorch_model-{i:05}-of-00002.bin")

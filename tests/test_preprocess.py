@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.faults import plant
 from tests.goldens import load
@@ -20,6 +21,7 @@ from unifashion.preprocess import (
     crop_back,
     keep_mask,
     latent_mask,
+    llava_image,
     mask_from_box,
     mask_from_file,
     pad_to_ratio,
@@ -77,6 +79,33 @@ def test_keep_mask_and_its_latent_equal_stablevitons(sample):
     close(latent_mask(keep, 8), STABLEVITON.outputs[f"mask_latent_{sample}"], 1e-6)
 
 
+@pytest.mark.parametrize("size", [(90, 160), (161, 90), (640, 427), (500, 500), (336, 336), (3, 700)])
+def test_llava_image_equals_transformers_on_the_picture_padded_with_clips_mean_colour(size):
+    llava_equals(size)
+
+
+def llava_equals(size):
+    image = noise(size)
+    side = max(size)
+    square = Image.new(
+        "RGB", (side, side), (122, 116, 104)
+    )  # its mean, 0.48145466, 0.4578275, 0.40821073, in levels
+    square.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+    whole = {"shortest_edge": 336}, {"height": 336, "width": 336}
+    theirs = CLIPImageProcessorPil(size=whole[0], crop_size=whole[1])(square, return_tensors="pt")
+    close(preprocess.llava_image(image), theirs["pixel_values"][0], 1e-5)
+
+
+def test_llavas_padding_is_nothing_to_it_but_for_the_rounding():
+    pixels = llava_image(noise((100, 300)))
+    assert pixels.shape == (3, 336, 336) and pixels[:, :, :100].abs().max() < 0.02 < pixels[:, :, 150].std()
+
+
+def test_a_panorama_is_made_smaller_before_it_is_padded_for_llava():
+    pixels = llava_image(Image.new("RGB", (60_000, 40), "red"))
+    assert pixels.shape == (3, 336, 336)
+
+
 FAULTS = {
     "no rounding in the resizing": ("_resize", "+ 2 >> 2", ">> 2"),
     "pixel corners for pixel centres": ("_neighbours", "+ 0.5) * (source / target) - 0.5", "* (source / target))"),
@@ -95,6 +124,22 @@ def test_parity_notices(fault, monkeypatch):
     plant(monkeypatch, preprocess, *FAULTS[fault])
     with pytest.raises(AssertionError):
         everything_equals()
+
+
+@pytest.mark.parametrize(
+    ("target", "old", "new"),
+    [
+        ("llava_image", "int(255 * level)", "round(255 * level)"),
+        ("llava_image", "pad_to_ratio(_bounded(image), 1, mean)", "pad_to_ratio(_bounded(image), 1, 255)"),
+        ("llava_image", "square, _ = pad_to_ratio(_bounded(image), 1, mean)", "square = image"),  # CLIP's own
+        ("pad_to_ratio", "x, y = (width - image.width) // 2,", "x, y = 0,"),
+        FAULTS["bilinear for bicubic"],
+    ],
+)
+def test_llavas_parity_notices(target, old, new, monkeypatch):
+    plant(monkeypatch, preprocess, target, old, new)
+    with pytest.raises(AssertionError):
+        llava_equals((90, 160))
 
 
 def everything_equals():

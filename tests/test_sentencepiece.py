@@ -327,9 +327,57 @@ def test_text_before_the_soft_prompts_end_would_merge_with_it(llama):
     assert llama.first.id_to_piece(glued[-len(after)]) == "></"
 
 
+@needs_llama
+@pytest.mark.parametrize("text", ["USER: <image>\nDescribe. ASSISTANT:", "<image>", "text <image>"])
+def test_the_ids_around_llavas_picture_equal_the_original(text, llama):
+    around_llavas_picture(llama, text)
+
+
+def around_llavas_picture(llama: SentencePiece, text: str) -> None:
+    (case,) = (case for case in GOLD["llava_prompts"] if case["prompt"] == text)
+    before, after = tokenizers.around_image(llama, text)
+    assert [*before, -200, *after] == case["ids_legacy"] == case["ids_nonlegacy"]
+
+
+@needs_llama
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("encode(before),", "encode(before, bos=False),"),
+        ("encode(after, bos=False)\n", "encode(after)\n"),
+        ("encode(after, bos=False)\n", "encode(after, bos=False, prefix=bool(0))\n"),
+    ],
+)
+def test_a_wrong_line_breaks_the_ids_around_llavas_picture(old, new, llama, monkeypatch):
+    plant(monkeypatch, tokenizers, "around_image", old, new)
+    with pytest.raises(AssertionError):
+        around_llavas_picture(llama, "USER: <image>\nDescribe. ASSISTANT:")
+
+
+@pytest.mark.parametrize("style", INSTRUCTIONS)
+def test_llava_is_asked_what_the_paper_asks(style, small):
+    system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    system += "detailed, and polite answers to the user's questions."
+    before, after = tokenizers.llava_prompt(small, style)
+    assert before[0] == small.bos and small.bos not in before[1:] + after and small.eos not in after
+    assert small.decode(before) == f"{system} USER: "
+    assert small.decode(after) == f"\n{INSTRUCTIONS[style]} ASSISTANT:"
+
+
+def test_llava_is_offered_the_key_words_in_their_order(small):
+    before, after = tokenizers.llava_prompt(small, "fashion200k", ("long sleeve", "red", "v-neck"))
+    assert before == tokenizers.llava_prompt(small, "fashion200k")[0]
+    asked = (
+        "Use those of these words that match the picture, and leave out the others: long sleeve, red, v-neck."
+    )
+    assert small.decode(after) == f"\nShort description. {asked} ASSISTANT:"
+
+
 def test_a_style_without_instruction_is_the_users_error(small):
     with pytest.raises(UserError, match="'vogue'.*: it is one of fashion200k, fashiongen, fashioniq-cap$"):
         tokenizers.prompt(small, "vogue")
+    with pytest.raises(UserError, match="^unknown caption style 'vogue'"):
+        tokenizers.llava_prompt(small, "vogue")
 
 
 def test_an_answer_that_is_cut_has_no_end(small):

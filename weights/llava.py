@@ -55,8 +55,8 @@ TOWER: Table = {  # of CLIP's own file, the image tower alone
 
 # The first that is there, and the editions of its names.
 FOLDERS = {"llava-1.5-7b-hf": (HF, HF_5), "llava-v1.5-7b": (ORIGINAL,)}
-CLIP = "clip-vit-large-patch14-336"
-CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
+TOWER_FOLDER = "clip-vit-large-patch14-336"
+TOWER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def llava_files(folder: Path | None = None) -> tuple[Path, list[Path]]:
@@ -74,11 +74,18 @@ def llava_files(folder: Path | None = None) -> tuple[Path, list[Path]]:
         )
     files = shards_of(place)
     if ORIGINAL in FOLDERS[place.name]:
-        tower = next((folder / CLIP / name for name in CLIP_FILES if (folder / CLIP / name).is_file()), None)
+        tower = next(
+            (
+                folder / TOWER_FOLDER / name
+                for name in TOWER_FILES
+                if (folder / TOWER_FOLDER / name).is_file()
+            ),
+            None,
+        )
         if tower is None:
             raise UserError(
-                f"{folder / CLIP / CLIP_FILES[1]} is missing: {place.name} has no image tower of its own, get this file of "
-                f"{HUB}/openai/{CLIP} into this folder"
+                f"{folder / TOWER_FOLDER / TOWER_FILES[1]} is missing: {place.name} has no image tower of its own, get this file of "
+                f"{HUB}/openai/{TOWER_FOLDER} into this folder"
             )
         files.append(tower)
     return place, files

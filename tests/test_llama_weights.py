@@ -11,10 +11,9 @@ from tests.published import published
 from unifashion import UserError
 from unifashion.config import FULL
 from unifashion.llama import Llama, LlamaConfig
-from weights import llama
-from weights.containers import shards_of
-from weights.llama import LLAMA, LLAVA_HF, LLAVA_HF_5, edition, read_llama
-from weights.rename import Table, load_into, rename
+from weights.containers import read_folder, shards_of
+from weights.llama import LLAMA, LLAVA_HF, LLAVA_HF_5, llamas
+from weights.rename import layout_of, load_layout, rename
 
 CFG = LlamaConfig(vocab_size=31, dim=16, depth=2, heads=2, mlp_dim=24, context=32)
 PUBLISHED = {
@@ -28,12 +27,11 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_full_model_is_the_published_one(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(llama, "read_folder", lambda folder: published(name))
+def test_the_full_model_is_the_published_one(name: str):
     with torch.device("meta"):
         model = Llama(LlamaConfig())
     assert LlamaConfig() == FULL.llama
-    load_into(model, read_llama(Path(name), PUBLISHED[name], 32000), PUBLISHED[name])
+    load_layout(model, published(name), llamas(32000))
     assert sum(x.numel() for x in model.parameters()) == 6_738_415_616
     assert len(model.state_dict()) == 3 + 9 * 32  # no buffers: its tables are computed
 
@@ -55,15 +53,8 @@ def test_what_is_left_out_of_the_published_files_is_known_by_name():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_names_in_the_files_tell_which_edition_they_are(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(llama, "shards_of", lambda folder: [folder])
-    monkeypatch.setattr(llama, "read_checkpoint", lambda path: published(name))
-    tables = LLAMA, LLAVA_HF, LLAVA_HF_5
-    assert edition(Path(name), tables) is PUBLISHED[name]
-    others = tuple(table for table in tables if table is not PUBLISHED[name])
-    assert edition(Path(name), others) is others[0]  # which does not fit, and says so
-    monkeypatch.setattr(llama, "shards_of", lambda folder: pytest.fail("looked where there is no choice"))
-    assert edition(Path(name), (LLAMA,)) is LLAMA
+def test_the_names_in_a_file_tell_which_edition_it_is(name: str):
+    assert layout_of(published(name), llamas(32000)).table is PUBLISHED[name]
 
 
 def test_rows_that_llava_hf_appended_are_cut_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -73,13 +64,13 @@ def test_rows_that_llava_hf_appended_are_cut_with_a_note(tmp_path: Path, capsys:
         tensors[name] = torch.cat([tensors[name], torch.full((64, 16), torch.nan)])
     tensors |= {"vision_tower.x": torch.ones(1), "multi_modal_projector.linear_1.bias": torch.ones(1)}
     save_file(tensors, tmp_path / "model.safetensors")
-    assert_same(load(tmp_path, LLAVA_HF), model)
+    assert_same(load(tmp_path), model)
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 2
     for name, note in zip(
         ("language_model.lm_head", "language_model.model.embed_tokens"), sorted(notes), strict=True
     ):
-        assert note == f"note: {name}.weight in {tmp_path} cut from 95 rows to 31"
+        assert note == f"note: {name}.weight cut from 95 rows to 31: the rest is untrained"
 
 
 def test_a_vocabulary_as_large_as_the_models_is_read_without_a_note(
@@ -129,7 +120,7 @@ def test_half_precision_is_cast_to_what_is_asked_for(tmp_path: Path):
     model = tiny()
     write(tmp_path, {name: x.half() for name, x in original(model).items()}, "bin", 2)
     fresh = meta()
-    load_into(fresh, read_llama(tmp_path, LLAMA, 31), LLAMA, dtype=torch.bfloat16)
+    load_layout(fresh, read_folder(tmp_path), llamas(31), dtype=torch.bfloat16)
     for name, x in fresh.state_dict().items():
         assert torch.equal(x, model.state_dict()[name].half().bfloat16()), name
 
@@ -179,9 +170,10 @@ def test_a_tensor_too_many_too_few_or_of_another_kind_is_named(tmp_path: Path, c
     refused(tmp_path, message)
 
 
-def test_vicuna_read_as_llava_hf_is_refused(tmp_path: Path):
-    write(tmp_path, original(tiny()), "safetensors", 2)
-    refused(tmp_path, r"no row of the table names it \(and \d+ more like it\)", LLAVA_HF)
+def test_a_file_of_another_network_is_refused_in_one_line(tmp_path: Path):
+    tensors = {name.replace("model.", "transformer."): x for name, x in original(tiny()).items()}
+    write(tmp_path, tensors, "safetensors", 2)
+    refused(tmp_path, r"^its names \(.*\) are of no layout that is known here: none of model\.embed_tokens")
 
 
 # helpers
@@ -223,9 +215,9 @@ def write(folder: Path, tensors: dict[str, Tensor], ending: str, n: int) -> list
     return paths
 
 
-def load(folder: Path, table: Table = LLAMA) -> Llama:
+def load(folder: Path) -> Llama:
     model = meta()
-    load_into(model, read_llama(folder, table, CFG.vocab_size), table)
+    load_layout(model, read_folder(folder), llamas(CFG.vocab_size))
     return model
 
 
@@ -235,7 +227,7 @@ def assert_same(ours: Llama, theirs: Llama) -> None:
     assert all(torch.equal(x, wanted[name]) for name, x in ours.state_dict().items())
 
 
-def refused(folder: Path, message: str, table: Table = LLAMA) -> None:
+def refused(folder: Path, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        load(folder, table)
+        load(folder)
     assert "\n" not in str(error.value)

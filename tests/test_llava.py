@@ -17,10 +17,8 @@ from unifashion import UserError, llava
 from unifashion.clip import CLIP, CLIPConfig, ImageConfig, TextConfig
 from unifashion.llama import LlamaConfig
 from unifashion.llava import LLAVA_7B, LLaVA, LLaVAConfig
-from weights import llama as shards
 from weights import load
 from weights.clip import HF as CLIP_HF
-from weights.llama import LLAVA_HF, LLAVA_HF_5, edition, read_llama
 from weights.llava import (
     FOLDERS,
     HF,
@@ -30,9 +28,10 @@ from weights.llava import (
     TOWER_FOLDER,
     llava_captioner,
     llava_tokenizer,
+    llavas,
     load_llava,
 )
-from weights.rename import Table, load_into, rename
+from weights.rename import Table, layout_of, load_into, load_layout, rename
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,25 +139,20 @@ def test_swapped_layers_of_the_projector_do_not_load():
 
 
 @pytest.mark.parametrize(
-    ("name", "table", "llm"),
-    [("llava_1_5_7b_hf", HF, LLAVA_HF), ("llava_1_5_7b_hf_transformers5_names", HF_5, LLAVA_HF_5)],
+    ("name", "table"), [("llava_1_5_7b_hf", HF), ("llava_1_5_7b_hf_transformers5_names", HF_5)]
 )
-def test_the_full_model_is_the_published_one(
-    name: str, table: Table, llm: Table, monkeypatch: pytest.MonkeyPatch
-):
-    file = stand_in(monkeypatch, name)
-    assert edition(Path(name), (HF, HF_5)) is table
-    assert edition(Path(name), (LLAVA_HF, LLAVA_HF_5)) is llm
-    model = meta()
-    load_into(model, read_llama(Path(name), table, 32000), table)
+def test_the_full_model_is_the_published_one(name: str, table: Table):
+    file, model = published(name), meta()
+    assert layout_of(file, llavas(32000)).table is table
+    load_layout(model, file, llavas(32000))
     assert sum(x.numel() for x in model.parameters()) == 7_063_427_072 - 2 * 64 * 4096
     assert len(file) == len(model.state_dict()) == 686  # nothing is left out
 
 
-def test_liuhaotians_model_is_the_published_one_with_clip_beside_it(monkeypatch: pytest.MonkeyPatch):
-    file, model = stand_in(monkeypatch, "llava_v1_5_7b"), meta()
+def test_liuhaotians_model_is_the_published_one_with_clip_beside_it():
+    file, model = published("llava_v1_5_7b_liuhaotian"), meta()
     rest = torch.nn.ModuleDict({"projector": model.projector, "llama": model.llama})
-    load_into(rest, read_llama(Path(), ORIGINAL, 32000), ORIGINAL)
+    load_into(rest, file, ORIGINAL)
     clip = published("hf_clip_vit_l14_336")
     load_into(model.image, clip, TOWER)
     assert sum(x.numel() for x in model.parameters()) == 7_063_427_072 - 2 * 64 * 4096
@@ -178,9 +172,7 @@ def test_the_tower_for_pictures_of_224_pixels_is_refused():
 
 
 @pytest.mark.parametrize("table", [HF, HF_5])
-def test_a_tensor_that_no_row_names_is_refused(table: Table, monkeypatch: pytest.MonkeyPatch):
-    stand_in(monkeypatch, "llava_v1_5_7b")
-    assert edition(Path(), (HF, HF_5)) is HF  # the first
+def test_a_tensor_that_no_row_names_is_refused(table: Table):
     with pytest.raises(UserError, match="no row of the table names it"):
         load_into(meta(), published("llava_v1_5_7b_liuhaotian"), table)
 
@@ -208,7 +200,7 @@ def test_the_same_network_in_another_layout_is_the_same_bit_for_bit(
     assert len(llava_tokenizer(other)) == 1024
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == (8 if kind == "transformers 5" else 4)  # two of each load from llava-hf's
-    assert all(note.endswith("cut from 1088 rows to 1024") for note in notes)
+    assert all(note.endswith("cut from 1088 rows to 1024: the rest is untrained") for note in notes)
 
 
 def test_llava_hf_is_preferred_and_needs_no_clip(source: LLaVA, files: Path):
@@ -249,7 +241,7 @@ def test_a_damaged_or_different_file_is_one_line(source: LLaVA, files: Path, tmp
     for changed, told in (
         (tensors | {name: torch.ones(3)}, f"^{place}{name}: shape "),
         (tensors | {"language_model.head.weight": torch.ones(3)}, rf"^{place}language_model\.head\.weight: "),
-        ({k: v for k, v in tensors.items() if k != name}, f"^{place}the checkpoint has nothing for "),
+        ({k: v for k, v in tensors.items() if k != name}, f"^{place}the checkpoint lacks {name}, for "),
     ):
         save_file(changed, path)
         refused(load_llava, files, told)
@@ -356,13 +348,6 @@ def own(golden: goldens.Golden, name: str):
     """Of each prompt what is not padding, (1,t,c)."""
     for row, mask in zip(golden.outputs[name], golden.outputs["merged_mask"].bool(), strict=True):
         yield row[mask][None]
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, name: str) -> dict[str, Tensor]:
-    """A published file's names and shapes for whatever is read as a shard."""
-    monkeypatch.setattr(shards, "shards_of", lambda folder: [folder])
-    monkeypatch.setattr(shards, "read_checkpoint", lambda path: published(name))
-    return published(name)
 
 
 def meta() -> LLaVA:

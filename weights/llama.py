@@ -1,12 +1,9 @@
 """Llama in Hugging Face's layout, Vicuna-7B v1.5 or LLaVA-1.5's language model -> `unifashion.llama.Llama`."""
 
 import sys
-from pathlib import Path
+from functools import partial
 
-from torch import Tensor
-
-from weights.containers import read_folder
-from weights.rename import Table, under
+from weights.rename import Checkpoint, Layout, Layouts, Table, under
 
 # fmt: off
 LAYER: Table = {
@@ -58,39 +55,23 @@ LLAVA_HF_5: Table = {  # the same, as transformers 5 names it
 APPENDED = 64
 
 
-def edition(folder: Path, tables: tuple[Table, ...]) -> Table:
-    """
-    The one of `tables` that has the word embeddings under the name by which the files in `folder` hold them: LLaVA's names were
-    changed. If none has, the first, which then says what it misses. Raises UserError as `read_llama`.
-    """
-    if len(tables) > 1:
-        names = {name for shard in shards_of(folder) for name in read_checkpoint(shard)}
-        for table in tables:
-            if any(_kind(ours) == "embed.weight" and row in names for row, ours in table.items()):
-                return table
-    return tables[0]
+def llamas(vocab_size: int) -> Layouts:
+    """How an LLM of so many tokens is read."""
+    cut = partial(without_appended, vocab_size)
+    return {
+        "model.embed_tokens.weight": Layout(LLAMA, cut),
+        "language_model.model.embed_tokens.weight": Layout(LLAVA_HF, cut),
+        "model.language_model.embed_tokens.weight": Layout(LLAVA_HF_5, cut),
+    }
 
 
-def _kind(ours: str | None) -> str:
-    """Our name as a Llama has it, which in a table of all of LLaVA is one part."""
-    return (ours or "").removeprefix("llama.")
-
-
-def read_llama(folder: Path, table: Table, vocab_size: int) -> dict[str, Tensor]:
-    """
-    {original name: tensor} of all shards in `folder`: model-00001-of-00003.safetensors, ..., or pytorch_model-*.bin.
-
-    An embedding of 32064 rows is cut to the 32000 of the tokenizer, with a note on stderr. Raises UserError for a shard that
-    is missing or damaged, and for a tensor that is in two.
-    """
-    merged = read_folder(folder)
-    for name in merged:
-        if (
-            _kind(table.get(name)) in ("embed.weight", "lm_head.weight")
-            and len(merged[name]) == vocab_size + APPENDED
-        ):
+def without_appended(vocab_size: int, checkpoint: Checkpoint) -> Checkpoint:
+    """An embedding of 32064 rows, and such a head, cut to the 32000 of the tokenizer, with a note on stderr."""
+    tensors = {**checkpoint}
+    for name, x in checkpoint.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")) and len(x) == vocab_size + APPENDED:
             print(
-                f"note: {name} in {folder} cut from {len(merged[name])} rows to {vocab_size}", file=sys.stderr
+                f"note: {name} cut from {len(x)} rows to {vocab_size}: the rest is untrained", file=sys.stderr
             )
-            merged[name] = merged[name][:vocab_size]
-    return merged
+            tensors[name] = x[:vocab_size]
+    return tensors

@@ -6,6 +6,7 @@ llava-v1.5-7b/      liuhaotian's own: LLM and projector in shards; its image tow
 """
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from unifashion import UserError, llava
 from unifashion.llava import LLaVA
 from unifashion.tokenizers import SentencePiece
 from weights.clip import HF_IMAGE
-from weights.llama import BODY, HEAD, edition, read_llama, shards_of
+from weights.containers import read_checkpoint, read_folder, shards_of
+from weights.llama import BODY, HEAD, without_appended
 from weights.load import HUB, folder_of
-from weights.rename import Table, load_into, read_checkpoint, under
+from weights.rename import Layout, Layouts, Table, load_into, load_layout, under
 
 # fmt: off
 HF: Table = {
@@ -53,10 +55,19 @@ TOWER: Table = {  # of CLIP's own file, the image tower alone
 }
 # fmt: on
 
-# The first that is there, and the editions of its names.
-FOLDERS = {"llava-1.5-7b-hf": (HF, HF_5), "llava-v1.5-7b": (ORIGINAL,)}
+# The first that is there; the second has no image tower.
+FOLDERS = "llava-1.5-7b-hf", "llava-v1.5-7b"
 TOWER_FOLDER = "clip-vit-large-patch14-336"
 TOWER_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def llavas(vocab_size: int) -> Layouts:
+    """How the whole of LLaVA is read, with an LLM of so many tokens."""
+    cut = partial(without_appended, vocab_size)
+    return {
+        "vision_tower.vision_model.embeddings.class_embedding": Layout(HF, cut),
+        "model.vision_tower.embeddings.class_embedding": Layout(HF_5, cut),
+    }
 
 
 def llava_files(folder: Path | None = None) -> tuple[Path, list[Path]]:
@@ -68,12 +79,12 @@ def llava_files(folder: Path | None = None) -> tuple[Path, list[Path]]:
     folder = folder_of("full", folder)
     place = next((folder / name for name in FOLDERS if (folder / name).is_dir()), None)
     if place is None:
-        name = next(iter(FOLDERS))
+        name = FOLDERS[0]
         raise UserError(
             f"{folder / name} is missing: get the .safetensors files and tokenizer.model of {HUB}/llava-hf/{name} into this folder"
         )
     files = shards_of(place)
-    if ORIGINAL in FOLDERS[place.name]:
+    if place.name == FOLDERS[1]:
         tower = next(
             (
                 folder / TOWER_FOLDER / name
@@ -103,16 +114,15 @@ def load_llava(
     place, files = llava_files(folder)
     with torch.device("meta"):
         model = LLaVA(llava.LLAVA_7B)
-    table, rows = edition(place, FOLDERS[place.name]), model.cfg.llama.vocab_size
-    at = place
+    rows, at = model.cfg.llama.vocab_size, place
     try:  # no names for the checkpoints: load_into frees them tensor by tensor
-        if table is ORIGINAL:
+        if place.name == FOLDERS[0]:
+            load_layout(model, read_folder(place), llavas(rows), dtype=dtype, device=device)
+        else:
             rest = nn.ModuleDict({"projector": model.projector, "llama": model.llama})
-            load_into(rest, read_llama(place, table, rows), table, dtype=dtype, device=device)
+            load_into(rest, without_appended(rows, read_folder(place)), ORIGINAL, dtype=dtype, device=device)
             at = files[-1]
             load_into(model.image, read_checkpoint(at), TOWER, dtype=dtype, device=device)
-        else:
-            load_into(model, read_llama(place, table, rows), table, dtype=dtype, device=device)
     except UserError as error:
         told = str(error)
         expected = "the CLIP" if at != place else "the LLaVA-1.5-7B"

@@ -24,13 +24,12 @@ from unifashion.config import PRESETS
 from unifashion.model import HALVES, UniFashion
 from unifashion.runs import part_of
 from unifashion.tokenizers import SentencePiece, WordPiece
-from weights.containers import read_checkpoint
+from weights.containers import read_checkpoint, read_folder
 from weights.garment import STABLEVITON, load_stableviton
-from weights.llama import LLAMA, LLAVA_HF, LLAVA_HF_5, edition, read_llama
-from weights.qformer import QFORMER
-from weights.rename import Table, load_into
-from weights.vae import VAE
-from weights.vit import VIT
+from weights.llama import llamas
+from weights.qformer import QFORMERS, VITS
+from weights.rename import Layout, Layouts, load_into, load_layout, only
+from weights.vae import VAES
 
 HERE = Path(__file__).parent
 FOLDERS = {"tiny": HERE / "tiny", "full": HERE / "files"}
@@ -39,20 +38,15 @@ LEARNED = {"tiny": "model.safetensors", "full": "unifashion/model.safetensors"}
 PUBLIC_PARTS = {"tiny": ("vit", "vae", "llama"), "full": ("vit", "vae", "qformer", "llama")}
 
 EVA, BLIP2, VOCAB = "eva_vit_g.pth", "blip2_pretrained.pth", "bert_vocab.txt"
+# Both of these hold ViT and Q-Former: Hugging Face's port of the two above, and what UniFashion's own scripts save
+BLIP2_PORT, OFFICIAL = "blip2-itm-vit-g", "tuned_clip_best.pt"
 # The first that is there: PBE_pose is what StableVITON's own training started from.
 TRYON = ("VITONHD_PBE_pose.ckpt", "VITONHD.ckpt")
 TRYON_VAE = "VITONHD_VAE_finetuning.ckpt"  # without it, the VAE inside TRYON
-# Folders of shards, the first that is there, and the editions of their names; LLaVA fine-tuned all of its Vicuna.
-LLMS = {
-    "vicuna-7b-v1.5": (LLAMA,),
-    "llava-v1.5-7b": (LLAMA,),
-    "llava-1.5-7b-hf": (LLAVA_HF, LLAVA_HF_5),
-}
+# Folders of shards, the first that is there; LLaVA fine-tuned all of its Vicuna.
+LLMS = ("vicuna-7b-v1.5", "llava-v1.5-7b", "llava-1.5-7b-hf")
 WORDS = {"tiny": "llama_tokenizer.model", "full": "tokenizer.model"}  # of FULL in the LLM's folder
-VAE_INSIDE: Table = {
-    row: ours.removeprefix("vae.") if ours and ours.startswith("vae.") else None
-    for row, ours in STABLEVITON.items()
-}
+VAE_INSIDE: Layouts = {"first_stage_model.quant_conv.weight": Layout(only("vae.", STABLEVITON))}
 
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
 HUB = "https://huggingface.co"
@@ -82,10 +76,11 @@ def default_preset(folder: Path | None = None) -> str:
 
 
 def wanted(preset: str, folder: Path, *names: str) -> Path:
-    """The first of `names` that is in `folder`. Raises UserError, which says where to get it, if none is."""
+    """The first of `names` that is in `folder`, or what `weights.convert` has made of it. Raises UserError, which says where to get it, if none is."""
     for name in names:
-        if (folder / name).exists():
-            return folder / name
+        for path in (folder / name, (folder / name).with_suffix(".safetensors")):
+            if path.exists():
+                return path
     source = "it is part of the repository, where weights/tiny/README.md says how it was made"
     if preset == "full":
         source = f"{SOURCES[names[0]]} (or say --preset tiny, which needs no download)"
@@ -271,38 +266,37 @@ def _blank(preset: str, draws: bool, writes: bool) -> UniFashion:
         return UniFashion(PRESETS[preset], draws, writes)
 
 
-def _public_files(
-    preset: str, folder: Path, parts: Iterable[str]
-) -> dict[str, tuple[Path, Table | tuple[Table, ...]]]:
-    """{part: its file, and the table that reads it, or of a folder those that may}; what is missing is told before gigabytes of the rest are read."""
+def _public_files(preset: str, folder: Path, parts: Iterable[str]) -> dict[str, Path]:
+    """{part: its file or folder}; what is missing is told before gigabytes of the rest are read."""
     if preset == "tiny":
-        return {part: (wanted(preset, folder, f"{part}.safetensors"), {"*": "*"}) for part in parts}
+        return {part: wanted(preset, folder, f"{part}.safetensors") for part in parts}
     choices = {
-        "vit": {EVA: VIT},
-        "qformer": {BLIP2: QFORMER},
-        "vae": {TRYON_VAE: VAE} | dict.fromkeys(TRYON, VAE_INSIDE),
+        "vit": (EVA, BLIP2_PORT, OFFICIAL),
+        "qformer": (BLIP2, BLIP2_PORT, OFFICIAL),
+        "vae": (TRYON_VAE, *TRYON),
         "llama": LLMS,
     }
-    paths = {part: wanted(preset, folder, *choices[part]) for part in parts}
-    return {part: (path, choices[part][path.name]) for part, path in paths.items()}
+    return {part: wanted(preset, folder, *choices[part]) for part in parts}
 
 
 def _fill(
     model: UniFashion,
-    files: dict[str, tuple[Path, Table | tuple[Table, ...]]],
+    files: dict[str, Path],
     preset: str,
     device: str | torch.device,
     dtype: torch.dtype,
     llm_dtype: torch.dtype,
 ) -> None:
-    for part, (path, table) in files.items():
+    layouts = {"vit": VITS, "qformer": QFORMERS, "vae": VAES | VAE_INSIDE}
+    layouts["llama"] = llamas(model.cfg.llama.vocab_size)
+    for part, path in files.items():
         module, to = getattr(model, part), llm_dtype if part == "llama" else dtype
+        read = read_folder if path.is_dir() else read_checkpoint
         with _naming(path, preset):  # no name for the checkpoint: load_into frees it tensor by tensor
-            if path.is_dir():
-                table, rows = edition(path, table), model.cfg.llama.vocab_size
-                load_into(module, read_llama(path, table, rows), table, dtype=to, device=device)
+            if preset == "tiny":
+                load_into(module, read(path), {"*": "*"}, dtype=to, device=device)
             else:
-                load_into(module, read_checkpoint(path), table, dtype=to, device=device)
+                load_layout(module, read(path), layouts[part], dtype=to, device=device)
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def test_in_bfloat16_guidance_is_counted_in_float32(monkeypatch):
     seen = []
     real = diffusion.guided
     monkeypatch.setattr(
-        "unifashion.model.guided", lambda *given: (seen.append(given[0].dtype), real(*given))[1]
+        "unifashion.denoiser.guided", lambda *given: (seen.append(given[0].dtype), real(*given))[1]
     )
     half = [v.bfloat16() for v in (scene, context, hint)]
     next(model.bfloat16().sample(x.float(), *half, steps=2, guidance=2.0))

@@ -11,14 +11,11 @@ from unifashion.vit import ViTConfig
 
 
 @dataclass(frozen=True)
-class UniFashionConfig:
-    vit: ViTConfig = ViTConfig()
-    qformer: QFormerConfig = QFormerConfig()
+class DenoiserConfig:
+    """Of every model that draws: ours, and the published ones (`unifashion.stableviton`)."""
+
     vae: VAEConfig = VAEConfig()
     unet: UNetConfig = UNetConfig()
-    llama: LlamaConfig = LlamaConfig()
-    lora: LoRAConfig = LoRAConfig()  # appendix B
-    max_caption: int = 128  # tokens of a caption in training, its end included
     picture: tuple[int, int] = (512, 384)  # y, x of what the U-Net side reads and draws
     # what the U-Net's output means: eps (Eq. 7, all published files), or v as in SD 2
     prediction: str = "eps"
@@ -27,13 +24,9 @@ class UniFashionConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.qformer.vision_dim != self.vit.dim:
-            raise ValueError(f"qformer.vision_dim is {self.qformer.vision_dim}, vit.dim is {self.vit.dim}")
-        if self.vit.image_size[0] != self.vit.image_size[1]:
-            raise ValueError(f"the Q-Former's picture is square, vit.image_size is {self.vit.image_size}")
         if self.prediction not in ("eps", "v"):
             raise ValueError(f"prediction is {self.prediction!r}, must be eps or v")
-        latent, mask, pose = 2 * self.vae.latent_channels, 1, self.vae.latent_channels
+        latent, mask, pose = 2 * self.vae.latent_channels, 1, self.vae.latent_channels * self.posed
         if self.unet.in_channels != latent + mask + pose:
             raise ValueError(f"unet.in_channels is {self.unet.in_channels}, wanted {latent + mask + pose}")
         if self.unet.out_channels != self.vae.latent_channels:
@@ -45,9 +38,30 @@ class UniFashionConfig:
             )
 
     @property
+    def posed(self) -> bool:
+        """Whether the U-Net reads a pose."""
+        return True
+
+    @property
     def latent(self) -> tuple[int, int]:
         """y, x of the latent: (64, 48) in FULL."""
         return self.picture[0] // self.vae.factor, self.picture[1] // self.vae.factor
+
+
+@dataclass(frozen=True)
+class UniFashionConfig(DenoiserConfig):
+    vit: ViTConfig = ViTConfig()
+    qformer: QFormerConfig = QFormerConfig()
+    llama: LlamaConfig = LlamaConfig()
+    lora: LoRAConfig = LoRAConfig()  # appendix B
+    max_caption: int = 128  # tokens of a caption in training, its end included
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.qformer.vision_dim != self.vit.dim:
+            raise ValueError(f"qformer.vision_dim is {self.qformer.vision_dim}, vit.dim is {self.vit.dim}")
+        if self.vit.image_size[0] != self.vit.image_size[1]:
+            raise ValueError(f"the Q-Former's picture is square, vit.image_size is {self.vit.image_size}")
 
 
 # The published sizes are the defaults of ViTConfig, QFormerConfig, VAEConfig, UNetConfig and LlamaConfig.

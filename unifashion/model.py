@@ -2,20 +2,18 @@
 
 picture (b,3,224,224) --see--> (b,257,1408) --Q-Former, text or none--> Z (b,32,768) --image adapter--> context (b,32,768)
 agnostic, mask, pose  --scene--> (b,9,64,48);  cloth photo or sketch --VAE--> hint (b,4,64,48)
-noise (b,4,64,48), scene, context, hint --sample--> latent --VAE--> picture (b,3,512,384)
+noise (b,4,64,48), scene, context, hint --sample--> latent --VAE--> picture (b,3,512,384)      (`denoiser`)
 
 Z (b,32,768) --text adapter--> soft prompt (b,32,4096) within the words of the template --write--> tokens of a caption
 """
-
-from collections.abc import Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from unifashion.blocks import GEGLU, Attention, ResBlock, zero
 from unifashion.config import UniFashionConfig
-from unifashion.diffusion import ALPHAS, SAMPLERS, alphas_cumprod, eps_loss, guided, v_to_eps
+from unifashion.denoiser import Denoiser
+from unifashion.diffusion import alphas_cumprod, eps_loss
 from unifashion.garment import GarmentEncoder
 from unifashion.llama import Llama, generate
 from unifashion.qformer import QFormer
@@ -29,7 +27,7 @@ HALVES = {  # parts, by the half that has them; "lora" is what LoRA adds to the 
 }
 
 
-class UniFashion(nn.Module):
+class UniFashion(Denoiser):
     """
     draws   with image adapter, VAE, U-Net and garment encoder
     writes  with text adapter and LLM; LoRA is put into it once its base weights are there
@@ -56,6 +54,7 @@ class UniFashion(nn.Module):
             self.text_adapter = nn.Linear(cfg.qformer.dim, cfg.llama.dim)
             self.llama = Llama(cfg.llama)
 
+    # Not the null context's, which the half that writes has not.
     @property
     def device(self) -> torch.device:
         return self.qformer.query_tokens.device
@@ -127,16 +126,6 @@ class UniFashion(nn.Module):
         """keep_context (b,) bool -> the context, with the null vector in place of every token where it is False."""
         return torch.where(keep_context[:, None, None], context, self.null_context.to(context.dtype))
 
-    def scene(self, agnostic: Tensor, keep: Tensor, pose: Tensor | None = None) -> Tensor:
-        """
-        What the U-Net reads beside the noisy latent, in the order of StableVITON.
-
-        agnostic  (b,4,y,x) scaled latent of the person with the region to repaint in grey
-        keep      (b,1,y,x) in [0,1], 1 = keep, 0 = repaint
-        pose      (b,4,y,x) scaled latent of the densepose picture; without it, the null pose
-        """
-        return torch.cat([agnostic, keep, torch.zeros_like(agnostic) if pose is None else pose], dim=1)
-
     def blank_scene(self, b: int) -> Tensor:
         """Everything to repaint, nothing known: the scene of phase 1, (b,9,y,x)."""
         y, x = self.cfg.picture
@@ -144,80 +133,12 @@ class UniFashion(nn.Module):
             grey = self.vae.encode(self.null_context.new_zeros(1, 3, y, x)).expand(b, -1, -1, -1)
         return self.scene(grey, torch.zeros_like(grey[:, :1]))
 
-    def predict_noise(
-        self,
-        x: Tensor,
-        t: Tensor,
-        scene: Tensor,
-        context: Tensor,
-        hint: Tensor | None = None,
-        keep_hint: Tensor | None = None,
-    ) -> Tensor:
-        """
-        One call of the network, as in training.
-
-        x (b,4,y,x) noisy latent, t (b,) timesteps, scene (b,9,y,x), context (b,q,context_dim),
-        hint (b,4,y,x) scaled latent of the garment, keep_hint (b,) 1 or 0: with the garment, or without -> eps (b,4,y,x)
-        """
-        unet_in = torch.cat([x, scene], dim=1)
-        inject = None
-        style = self.style(context)
-        if hint is not None:
-            features = self.garment(unet_in, t, self.garment.context(context), hint, style)
-            inject = partial(self.garment.inject, features, keep_hint)
-        out = self.unet(unet_in, t, self.unet.context(context), inject, style)
-        if self.cfg.prediction == "eps":
-            return out
-        # In bfloat16, 1 - a_t would be 0 where there is little noise.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        a = alphas_cumprod(x.device)[t].to(wide)[:, None, None, None]
-        return v_to_eps(out.to(wide), x.to(wide), a)
-
     def q2i(self, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Eq. 7, the mean over (b,4,y,x). Where the U-Net predicts v, v's squared error: eps - eps' = sqrt(a_t) (v - v')."""
         loss = eps_loss(predicted, noise)
         if self.cfg.prediction == "v":
             loss = loss / alphas_cumprod(t.device)[t].to(loss.dtype)
         return loss.mean()
-
-    @torch.no_grad()
-    def sample(
-        self,
-        noise: Tensor,
-        scene: Tensor,
-        context: Tensor,
-        hint: Tensor | None = None,
-        steps: int = 50,
-        sampler: str = "plms",
-        guidance: float = 1.0,
-    ) -> Iterator[Tensor]:
-        """
-        noise (b,4,y,x) ~ N(0,1), float32; the rest as in `predict_noise` -> the latent (b,4,y,x) after each step.
-
-        Guidance other than 1 runs a batch of two: with the context, and with the null context; scene and hint stay.
-        """
-        dtype, both = self.dtype, guidance != 1.0
-        if both:
-            context = torch.cat([context, self.null_context.expand_as(context)])
-            scene = torch.cat([scene, scene])
-            hint = torch.cat([hint, hint]) if hint is not None else None
-        for_unet = self.unet.context(context)  # once per picture, not once per step
-        for_garment = self.garment.context(context) if hint is not None else []
-        style = self.style(context)
-
-        def eps(x: Tensor, t: int) -> Tensor:
-            pair = torch.cat([x, x] if both else [x]).to(dtype)
-            unet_in = torch.cat([pair, scene], dim=1)
-            at = torch.full((len(unet_in),), t, device=x.device)
-            inject = None
-            if hint is not None:
-                features = self.garment(unet_in, at, for_garment, hint, style)
-                inject = partial(self.garment.inject, features, None)
-            out = self.unet(unet_in, at, for_unet, inject, style).to(noise.dtype)
-            out = guided(*out.chunk(2), guidance) if both else out
-            return out if self.cfg.prediction == "eps" else v_to_eps(out, x, ALPHAS[t])
-
-        yield from SAMPLERS[sampler](eps, noise, steps)
 
 
 @torch.no_grad()

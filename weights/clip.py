@@ -9,7 +9,7 @@ from unifashion import UserError
 from unifashion.clip import CLIP, L14, CLIPConfig
 from unifashion.tokenizers import CLIPTokenizer
 from weights.containers import read_checkpoint
-from weights.rename import Layout, Layouts, Table, load_layout, under
+from weights.rename import Layout, Layouts, Table, load_layout, thirds, under
 
 FOLDER = Path(__file__).parent / "files" / "clip-vit-large-patch14"
 HUB = "https://huggingface.co/openai/clip-vit-large-patch14"
@@ -105,9 +105,7 @@ def unfused(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = {}
     for name, tensor in checkpoint.items():
         if ".attn.in_proj_" in name:
-            if not tensor.ndim or len(tensor) % 3:
-                raise UserError(f"{name}: shape {tuple(tensor.shape)} does not divide into q, k and v")
-            for part, third in zip("qkv", tensor.chunk(3), strict=True):
+            for part, third in thirds(name, tensor).items():
                 tensors[name.replace("in_proj_", f"{part}.")] = third
         elif name in ("visual.proj", "text_projection"):
             tensors[f"{name}.T"] = tensor.T

@@ -5,7 +5,7 @@
     first_stage_model.*        VAE 248 (VITONHD_VAE_finetuning.ckpt has a better one)
     learnable_vector           what the networks saw for "no condition": may start our null context
 
-The rest is left out, row by row, with its reason.
+The rest is left out, row by row, with its reason. `weights.exemplar` reads it, too, where StableVITON itself is wanted.
 """
 
 from pathlib import Path
@@ -30,15 +30,8 @@ GARMENT: Table = {
     "model.diffusion_model.warp_zero_convs.#.*":        "zero_convs.#.*",
     "control_convs.#.*":                                "control_convs.#.*",  # ours alone: `with_control_convs` adds them
 }
-STABLEVITON: Table = {
-    **under(PREFIX,                                     "unet.", UNET),
-    **under("",                                         "garment.", GARMENT),
-    **under("first_stage_model.",                       "vae.", weights.vae.VAE),
-    "learnable_vector":                                 "null_context",
-    "cond_stage_model.*":                               None,  # Paint-by-Example's image encoder: our context is the Q-Former's
-    "proj_out.*":                                       None,  # ... and its projection to the context
-    "lastzc.*":                                         None,  # the original makes this 1x1 convolution and never calls it
-    "betas":                                            None,  # the noise schedule, as buffers: diffusion.py computes it
+SCHEDULE: Table = {  # the noise schedule, as buffers: diffusion.py computes it
+    "betas":                                            None,
     "alphas_cumprod":                                   None,
     "alphas_cumprod_prev":                              None,
     "sqrt_alphas_cumprod":                              None,
@@ -50,7 +43,20 @@ STABLEVITON: Table = {
     "posterior_log_variance_clipped":                   None,
     "posterior_mean_coef1":                             None,
     "posterior_mean_coef2":                             None,
+}
+NETWORKS: Table = {  # all but what sees the garment for the context
+    **under(PREFIX,                                     "unet.", UNET),
+    **under("",                                         "garment.", GARMENT),
+    **under("first_stage_model.",                       "vae.", weights.vae.VAE),
+    "lastzc.*":                                         None,  # the original makes this 1x1 convolution and never calls it
     "logvar":                                           None,  # weights of the loss per timestep, all zero: not learnt
+    **SCHEDULE,
+}
+STABLEVITON: Table = {  # as UniFashion starts from it; `weights.exemplar` reads the whole
+    **NETWORKS,
+    "learnable_vector":                                 "null_context",
+    "cond_stage_model.*":                               None,  # Paint-by-Example's image encoder: our context is the Q-Former's
+    "proj_out.*":                                       None,  # ... and its projection to the context
 }
 # fmt: on
 

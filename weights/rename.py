@@ -52,6 +52,13 @@ def only(our_prefix: str, rows: Table) -> Table:
     }
 
 
+def thirds(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A fused projection (3 dim, ...) -> views of its q, k and v. Raises UserError, with its name, if it has no thirds."""
+    if not tensor.ndim or len(tensor) % 3:
+        raise UserError(f"{name}: shape {tuple(tensor.shape)} does not divide into q, k and v")
+    return dict(zip("qkv", tensor.chunk(3), strict=True))
+
+
 def rename(checkpoint: dict[str, Tensor], table: Table) -> dict[str, Tensor]:
     """The tensors of `checkpoint` (not copied) under our names; UserError if table and checkpoint differ in anything."""
     originals, dead = _match(list(checkpoint), table)

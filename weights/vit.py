@@ -3,7 +3,7 @@
 import torch
 
 from unifashion import UserError
-from weights.rename import Checkpoint, Table
+from weights.rename import Checkpoint, Table, thirds
 
 # fmt: off
 VIT: Table = {
@@ -48,11 +48,8 @@ def without_key_bias(checkpoint: Checkpoint) -> Checkpoint:
         if not name.endswith("self_attn.qkv.bias"):
             tensors[name] = bias
             continue
-        if bias.ndim != 1 or len(bias) % 3:
-            raise UserError(f"{name}: shape {tuple(bias.shape)} does not divide into q, k and v")
-        q, k, v = bias.chunk(3)
-        if not bias.is_meta and torch.any(k):
+        parts, stem = thirds(name, bias), name.removesuffix("bias")
+        if not bias.is_meta and torch.any(parts["k"]):
             raise UserError(f"{name}: its keys have a bias, EVA-CLIP's have none")
-        stem = name.removesuffix("bias")
-        tensors |= {f"{stem}q_bias": q, f"{stem}v_bias": v}
+        tensors |= {f"{stem}q_bias": parts["q"], f"{stem}v_bias": parts["v"]}
     return tensors

@@ -1,0 +1,148 @@
+"""Paint-by-Example and StableVITON whole -> `unifashion.stableviton.StableVITON`.
+
+    VITONHD.ckpt                  StableVITON as published: garment encoder, pose
+    paint-by-example/model.ckpt   Paint-by-Example, CompVis' layout
+
+What sees the garment, image tower and exemplar, is in both under the same names; diffusers' edition of Paint-by-Example has
+it in a file of its own (`load_image_encoder`).
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import weights.vae
+from unifashion import UserError
+from unifashion.clip import ImageTower
+from unifashion.exemplar import Exemplar
+from unifashion.stableviton import PUBLISHED, StableVITON
+from weights.clip import HF_IMAGE, thirds
+from weights.garment import NETWORKS, SCHEDULE, with_control_convs
+from weights.rename import Table, load_into, read_checkpoint, under
+from weights.unet import PREFIX, UNET
+
+# fmt: off
+BLOCK: Table = {  # as `unfused` leaves it
+    # original            ours
+    "ln_1.*":             "norm1.*",
+    "attn.q.*":           "attn.q.*",
+    "attn.k.*":           "attn.k.*",
+    "attn.v.*":           "attn.v.*",
+    "attn.c_proj.*":      "attn.out.*",
+    "ln_2.*":             "norm2.*",
+    "mlp.c_fc.*":         "mlp.fc1.*",
+    "mlp.c_proj.*":       "mlp.fc2.*",
+}
+EXEMPLAR: Table = {  # CompVis
+    **under("cond_stage_model.transformer.vision_model.",  "image.", HF_IMAGE),
+    **under("cond_stage_model.mapper.resblocks.#.",        "exemplar.blocks.#.", BLOCK),
+    "cond_stage_model.final_ln.*":                         "exemplar.norm.*",
+    "proj_out.*":                                          "exemplar.proj.*",
+    "learnable_vector":                                    "null_context",
+}
+
+DIFFUSERS_BLOCK: Table = {
+    "norm1.*":            "norm1.*",
+    "attn1.to_q.*":       "attn.q.*",
+    "attn1.to_k.*":       "attn.k.*",
+    "attn1.to_v.*":       "attn.v.*",
+    "attn1.to_out.0.*":   "attn.out.*",
+    "norm3.*":            "norm2.*",  # a norm2 would be that of a second attention, which there is not
+    "ff.net.0.proj.*":    "mlp.fc1.*",
+    "ff.net.2.*":         "mlp.fc2.*",
+}
+DIFFUSERS: Table = {  # image_encoder/
+    **under("model.vision_model.",  "image.", HF_IMAGE),
+    **under("mapper.blocks.#.",     "exemplar.blocks.#.", DIFFUSERS_BLOCK),
+    "final_layer_norm.*":           "exemplar.norm.*",
+    "proj_out.*":                   "exemplar.proj.*",
+    "uncond_vector":                "null_context",
+}
+
+STABLEVITON: Table = {**NETWORKS, **EXEMPLAR}
+PAINT_BY_EXAMPLE: Table = {
+    **under(PREFIX,                "unet.", UNET),
+    **under("first_stage_model.",  "vae.", weights.vae.VAE),
+    **EXEMPLAR,
+    **SCHEDULE,
+}
+# fmt: on
+
+HUB = "https://huggingface.co"
+FILES = {  # name of the model: its file, the table that reads it, and where it is from
+    # Not VITONHD_PBE_pose.ckpt, which has the same names: StableVITON's training starts from it. Its garment encoder does
+    # nothing yet, so that it would draw as Paint-by-Example does, under StableVITON's name.
+    "stableviton": ("VITONHD.ckpt", STABLEVITON, f"ckpts/VITONHD.ckpt from {HUB}/rlawjdghek/StableVITON"),
+    "paint-by-example": (
+        "paint-by-example/model.ckpt",
+        PAINT_BY_EXAMPLE,
+        f"model.ckpt from {HUB}/Fantasy-Studio/Paint-by-Example into this folder",
+    ),
+}
+
+
+def unfused(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CompVis' tensors with c_qkv as q, k and v, which it holds one after the other, since there is one head.
+
+    Views: nothing is copied. Raises UserError for what does not divide into three.
+    """
+    tensors = {}
+    for name, tensor in checkpoint.items():
+        if ".attn.c_qkv." in name:
+            tensors |= {name.replace("c_qkv", part): third for part, third in thirds(name, tensor).items()}
+        else:
+            tensors[name] = tensor
+    return tensors
+
+
+def load_published(
+    name: str,
+    folder: Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> StableVITON:
+    """
+    One of `PUBLISHED`, whole and frozen, from its file in `folder`: the VAE, too, is that of the file, as in its own inference.
+
+    Raises UserError, which says where to get it, for a file that is missing, and for one that is damaged or another model's.
+    """
+    file, table, source = FILES[name]
+    path = folder / file
+    if not path.is_file():
+        raise UserError(f"{path} is missing: get {source}")
+    with torch.device("meta"):
+        model = StableVITON(PUBLISHED[name])
+    try:  # no name for the checkpoint: load_into frees it tensor by tensor
+        load_into(model, _read(path, model), table, dtype, device)
+    except UserError as error:
+        told = str(error)
+        raise UserError(told if told.startswith(str(path)) else f"{path} is not {name}: {told}") from None
+    if model.cfg.dresses and model.garment.untrained:
+        raise UserError(
+            f"{path} is not {name}: its garment encoder is untrained, as in VITONHD_PBE_pose.ckpt"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _read(path: Path, model: StableVITON) -> dict[str, Tensor]:
+    checkpoint = unfused(read_checkpoint(path))
+    return with_control_convs(checkpoint, model.garment) if model.cfg.dresses else checkpoint
+
+
+def load_image_encoder(
+    path: str | Path,
+    image: ImageTower,
+    exemplar: Exemplar,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> nn.Parameter:
+    """
+    Fill both, which may be on the meta device, from the file in diffusers' `image_encoder` -> its uncond_vector
+    (1,1,context_dim), the null context. UserError if the file holds anything that DIFFUSERS does not name, or lacks anything.
+    """
+    parts = nn.ModuleDict({"image": image, "exemplar": exemplar})
+    null = torch.empty(1, 1, exemplar.proj.out_features, device="meta")
+    parts.register_parameter("null_context", nn.Parameter(null))
+    load_into(parts, read_checkpoint(path), DIFFUSERS, dtype, device)
+    return parts.null_context

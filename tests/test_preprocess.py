@@ -106,11 +106,32 @@ def test_a_panorama_is_made_smaller_before_it_is_padded_for_llava():
     assert pixels.shape == (3, 336, 336)
 
 
+@pytest.mark.parametrize("sample", [0, 1, 2])
+def test_what_stablevitons_clip_reads_is_the_pixels_of_its_vae_squashed(sample):
+    pixels = unet_image(picture(STABLEVITON.inputs[f"cloth_{sample}"]), tuple(STABLEVITON.config["size"]))
+    golden = STABLEVITON.outputs[f"clip_input_{sample}"]
+    close(preprocess.squashed_pixels(pixels)[:, ::4, ::4], golden, 1e-5)
+    # The golden's are enlarged, those of 512x384 are not: then two pixels of four are read, on either side.
+    ends = torch.ones(3, 16, 16)
+    ends[:, 1::4] = ends[:, 2::4] = -1
+    squashed = preprocess.squashed_pixels(ends, 4)
+    close(squashed, ((0 - CLIP_MEAN) / CLIP_STD).expand_as(squashed), 1e-6)
+
+
+def test_what_paint_by_examples_clip_reads_is_the_whole_picture_squashed_bicubic():
+    image = Image.effect_noise((90, 61), 90).convert("RGB")
+    levels = (preprocess.squashed_image(image, 20) * CLIP_STD + CLIP_MEAN) * 255
+    expected = np.array(image.resize((20, 20), Image.Resampling.BICUBIC))
+    assert np.array_equal(levels.round().permute(1, 2, 0).numpy(), expected)
+
+
 FAULTS = {
     "no rounding in the resizing": ("_resize", "+ 2 >> 2", ">> 2"),
     "pixel corners for pixel centres": ("_neighbours", "+ 0.5) * (source / target) - 0.5", "* (source / target))"),
     "a mask cut at 127": ("_binary", "level >= 128", "level > 126"),
     "an antialiased latent mask": ("latent_mask", 'size, mode="bilinear"', 'size, antialias=True, mode="bilinear"'),
+    "antialiased pixels for CLIP": ("squashed_pixels", '(size, size), mode="bilinear"', '(size, size), antialias=True, mode="bilinear"'),
+    "pixels for CLIP in [-1,1]": ("squashed_pixels", "((pixels + 1) / 2 - CLIP_MEAN)", "(pixels - CLIP_MEAN)"),
     "white padding": ("qformer_image", "fill=(fill, fill, fill)", "fill=(255, 255, 255)"),
     "bilinear for bicubic": ("_middle", "size * side // short for side in image.size), Image.Resampling.BICUBIC",
                              "size * side // short for side in image.size), Image.Resampling.BILINEAR"),
@@ -149,6 +170,7 @@ def everything_equals():
     size = tuple(STABLEVITON.config["size"])
     for sample in range(3):
         test_unet_image_equals_stablevitons_to_the_level("cloth", sample)
+        test_what_stablevitons_clip_reads_is_the_pixels_of_its_vae_squashed(sample)
         grey = picture(STABLEVITON.inputs[f"agn_mask_{sample}"])
         close(keep_mask(grey, size), STABLEVITON.outputs[f"agn_mask_{sample}"].permute(2, 0, 1), 1e-6)
         latent = preprocess.latent_mask(keep_mask(grey, size), 8)

@@ -106,7 +106,10 @@ def _middle(image: Image.Image, size: int) -> Tensor:
     short = min(image.size)
     image = image.resize(tuple(size * side // short for side in image.size), Image.Resampling.BICUBIC)
     left, top = (round((side - size) / 2) for side in image.size)
-    image = image.crop((left, top, left + size, top + size))
+    return _for_clip(image.crop((left, top, left + size, top + size)))
+
+
+def _for_clip(image: Image.Image) -> Tensor:
     return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - CLIP_MEAN) / CLIP_STD
 
 
@@ -133,6 +136,21 @@ def llava_image(image: Image.Image, size: int = 336) -> Tensor:
     mean = tuple(int(255 * level) for level in CLIP_MEAN.flatten().tolist())
     square, _ = pad_to_ratio(_bounded(image), 1, mean)
     return _middle(square, size)
+
+
+# What CLIP's image tower reads in Paint-by-Example and in StableVITON: the whole garment, squashed to a square
+
+
+def squashed_image(image: Image.Image, size: int = 224) -> Tensor:
+    """RGB image -> (3,size,size) float32, normalised with CLIP's mean and standard deviation, as Paint-by-Example does it: bicubic."""
+    return _for_clip(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def squashed_pixels(pixels: Tensor, size: int = 224) -> Tensor:
+    """(3,h,w) in [-1,1], from `unet_image` -> (3,size,size), normalised likewise, as StableVITON does it: not from the picture
+    but from what its VAE reads, bilinear without antialiasing."""
+    pixels = F.interpolate(pixels[None], (size, size), mode="bilinear", align_corners=False)[0]
+    return ((pixels + 1) / 2 - CLIP_MEAN) / CLIP_STD
 
 
 # What the U-Net side reads (StableVITON's dataset.py)

@@ -2,6 +2,7 @@
 
     python infer.py tryon --person person.jpg --cloth cloth.jpg --out out.png
     python infer.py tryon --person person.jpg --sketch sketch.png --text "red, long sleeves, v-neck" --out out.png
+    python infer.py tryon --model stableviton --person person.jpg --pose densepose.png --cloth cloth.jpg --out out.png
     python infer.py caption --image cloth.jpg another.jpg --style fashion200k
     python infer.py caption --image fashioniq/images --style fashioniq-cap --out fashioniq/captions.jsonl
     python infer.py caption --image fashioniq/images --model llava --keywords keywords.txt --out captions.jsonl
@@ -18,14 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unifashion import Parser, UserError, exit_if_unread
+from unifashion import Parser, UserError, exit_if_unread, flags
 
 if TYPE_CHECKING:
     import torch
@@ -38,16 +38,23 @@ BATCH = 16  # pictures whose captions are written at a time
 
 def tryon(args: argparse.Namespace) -> None:
     """Dress the person of one picture in the garment of another, or of a sketch, with a text or without."""
-    check_numbers(args)
-    outs = result_paths(args)
+    flags.check_tryon(args)
+    published = args.model != "unifashion"
+    if published:
+        args.preset = "full"  # there is no other
 
     from unifashion import preprocess, training
     from unifashion.diffusion import timesteps
-    from unifashion.tryon import draw, pasted, read_inputs, read_mask
+    from unifashion.stableviton import PUBLISHED
+    from unifashion.tryon import draw, pasted, read_inputs, read_mask, result_paths
+    from weights.exemplar import load_published
     from weights.load import folder_of, load_unifashion, tokenizer
 
+    outs = result_paths(args)
     notes: list[str] = []  # what was decided for the user
     cfg, device, dtype = settle(args, notes)
+    cfg = PUBLISHED[args.model] if published else cfg
+    folder = folder_of(args.preset, args.weights)
     if args.guidance is None:
         args.guidance = cfg.guidance
 
@@ -59,11 +66,15 @@ def tryon(args: argparse.Namespace) -> None:
             f"--steps {args.steps} starts at timestep {first} of 999, 333 or 500 steps start in more noise"
         )
     canvas, box = preprocess.pad_to_ratio(person, cfg.picture[1] / cfg.picture[0])
-    inputs = read_inputs(args, person, mask, cfg, tokenizer(args.preset, args.weights), notes)
+    words = None if published else tokenizer(args.preset, args.weights)
+    inputs = read_inputs(args, person, mask, cfg, words, notes)
 
     training.fast_malloc()
     start = time.perf_counter()
-    model = load_unifashion(args.preset, args.weights, device, dtype)
+    if published:
+        model = load_published(args.model, folder, device, dtype)
+    else:
+        model = load_unifashion(args.preset, args.weights, device, dtype)
     loaded = time.perf_counter()
     tell(args, notes)
     pictures = draw(model, inputs, args)
@@ -71,10 +82,9 @@ def tryon(args: argparse.Namespace) -> None:
     for path, picture in zip(outs, pictures, strict=True):
         preprocess.save_png(pasted(picture, person, mask, box, canvas.size), path)
 
-    flags = ("model", "preset", "device", "dtype", "seed", "sampler", "steps", "guidance")
-    folder = folder_of(args.preset, args.weights)
+    settings = ("model", "preset", "device", "dtype", "seed", "sampler", "steps", "guidance")
     used = {"out": [str(path) for path in outs], "weights": str(folder), "mask": mask_source}
-    used |= {flag: getattr(args, flag) for flag in flags}
+    used |= {name: getattr(args, name) for name in settings}
     used |= {"seconds_loading": round(loaded - start, 2), "seconds_sampling": round(drawn - loaded, 2)}
     if args.json:
         print(json.dumps({**used, "notes": notes}))
@@ -283,36 +293,6 @@ def settle(args: argparse.Namespace, notes: list[str]) -> tuple[UniFashionConfig
     return PRESETS[args.preset], device, dtype
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    if not 2 <= args.steps <= 500:
-        raise UserError(f"--steps is {args.steps}, must be 2 to 500")
-    if args.guidance is not None and not (args.guidance >= 0 and math.isfinite(args.guidance)):
-        raise UserError(f"--guidance is {args.guidance}, must be a number from 0 up")
-    if not 1 <= args.num <= 64:
-        raise UserError(f"--num is {args.num}, must be 1 to 64: they run as one batch")
-
-
-def result_paths(args: argparse.Namespace) -> list[Path]:
-    """out.png, out-1.png, out-2.png, ...: all of them can be written, none of them is an input."""
-    from unifashion.preprocess import check_png_path
-
-    outs = [args.out, *(args.out.with_stem(f"{args.out.stem}-{i}") for i in range(1, args.num))]
-    inputs = (args.person, args.cloth, args.sketch, args.mask, args.pose)
-    for out in outs:
-        check_png_path(out)
-        if out.exists() and any(path and os.path.exists(path) and out.samefile(path) for path in inputs):
-            raise UserError(f"{out} is an input and would be overwritten: give --out another name")
-    return outs
-
-
-def four_numbers(text: str) -> tuple[int, ...]:
-    try:
-        x0, y0, x1, y1 = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not four whole numbers x0,y0,x1,y1") from None
-    return x0, y0, x1, y1
-
-
 def common_arguments(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("model and place")
     g.add_argument(
@@ -331,28 +311,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     p = commands.add_parser("tryon", help=tryon.__doc__, description=tryon.__doc__)
     p.set_defaults(run=tryon)
-    p.add_argument("--person", type=Path, required=True, help="photo of a person, from the hips up or whole")
-    garment = p.add_mutually_exclusive_group(required=True)
-    garment.add_argument("--cloth", type=Path, help="photo of the garment, best on white")
-    garment.add_argument("--sketch", type=Path, help="line drawing of the garment")
-    p.add_argument("--text", help="what the garment is like, with --cloth or --sketch")
-    where = p.add_mutually_exclusive_group()
-    where.add_argument("--mask", type=Path, help="picture of the person's shape: white = repaint")
-    where.add_argument("--box", type=four_numbers, metavar="x0,y0,x1,y1", help="in pixels (default: torso)")
-    p.add_argument("--pose", type=Path, help="densepose picture of the person (default: none)")
-    p.add_argument("--model", choices=["unifashion"], default="unifashion", help="default %(default)s")
-    p.add_argument("--steps", type=int, default=50, help="2 to 500 (default %(default)s)")
-    p.add_argument("--sampler", choices=["plms", "ddim", "dpm++"], default="plms", help="default %(default)s")
-    p.add_argument(
-        "--guidance",
-        type=float,
-        help="of the context, garment and text as the Q-Former reads them: 1 is none (default: the preset's)",
-    )
-    p.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    p.add_argument(
-        "--num", type=int, default=1, help="how many: out.png, out-1.png, ... (default %(default)s)"
-    )
-    p.add_argument("--out", type=Path, required=True, help="a .png; it gets the person's size")
+    flags.tryon(p)
     common_arguments(p)
 
     p = commands.add_parser("caption", help=caption.__doc__, description=caption.__doc__)

@@ -21,6 +21,7 @@ def plant(patch: pytest.MonkeyPatch, module: ModuleType, target: str, old: str, 
     for part in path:
         place, made = getattr(place, part), getattr(made, part)
     made = getattr(made, name)
+    made = getattr(made, "__wrapped__", made)  # torch.no_grad's wrapper would keep the names of `wrong`
     if isinstance(made, FunctionType):  # its names are the true module's: only this one thing is wrong
         made = FunctionType(made.__code__, vars(module), name, made.__defaults__)
     patch.setattr(place, name, made)

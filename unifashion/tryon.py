@@ -86,7 +86,8 @@ def garment_tensors(garment: Image.Image, is_sketch: bool, cfg: UniFashionConfig
 
 def exemplar_tensors(cloth: Image.Image, cfg: StableVITONConfig) -> dict[str, Tensor]:
     """
-    A cloth photo as the published models see it, each in the way of its own code, but that it is padded to 3:4, not squashed.
+    A cloth photo as the published models see it, each in the way of its own code; only that StableVITON's squashes to 3:4
+    what is padded here.
 
     cloth RGB -> picture (3,224,224) with CLIP's mean and deviation, and in StableVITON hint (3,512,384) in [-1,1]
     """

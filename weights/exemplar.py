@@ -71,8 +71,8 @@ PAINT_BY_EXAMPLE: Table = {
 
 HUB = "https://huggingface.co"
 FILES = {  # name of the model: its file, the table that reads it, and where it is from
-    # Not VITONHD_PBE_pose.ckpt, which has the same names: StableVITON's training starts from it. Its garment encoder does
-    # nothing yet, so that it would draw as Paint-by-Example does, under StableVITON's name.
+    # Not VITONHD_PBE_pose.ckpt, which has the same names: StableVITON's training starts from it. Its garment encoder is shut
+    # by zero convolutions still, so it would draw as Paint-by-Example does, under StableVITON's name.
     "stableviton": ("VITONHD.ckpt", STABLEVITON, f"ckpts/VITONHD.ckpt from {HUB}/rlawjdghek/StableVITON"),
     "paint-by-example": (
         "paint-by-example/model.ckpt",

@@ -15,8 +15,8 @@ from tests.published import published
 from unifashion import UserError, exemplar
 from unifashion.clip import L14, ImageConfig, ImageTower
 from unifashion.exemplar import Exemplar, ExemplarConfig
-from weights import clip as clip_loading
 from weights import exemplar as loading
+from weights import rename as engine
 from weights.exemplar import DIFFUSERS, EXEMPLAR, load_image_encoder, unfused
 from weights.rename import Table, load_into
 
@@ -41,11 +41,11 @@ def test_every_output_equals_paint_by_examples():
 
 
 def test_context_and_null_context_equal_diffusers(tmp_path: Path):
-    theirs, path = diffusers(tmp_path)
+    theirs = diffusers(tmp_path)
     picture = torch.randn(2, 3, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.device("meta"):
         tower, ours = ImageTower(THEIRS), Exemplar(ExemplarConfig(32, 2, 24))
-    null = load_image_encoder(path, tower, ours, torch.float64)
+    null = load_image_encoder(tmp_path, tower, ours, torch.float64)
     context, uncond = theirs(picture, return_uncond_vector=True)
     assert_parity(ours(tower.pooled(picture)), context)
     assert_parity(null, uncond)
@@ -95,8 +95,8 @@ def test_parity_notices_in_the_table(fault: str):
 
 
 def test_parity_notices_thirds_in_another_order(monkeypatch: pytest.MonkeyPatch):
-    plant(monkeypatch, clip_loading, "thirds", 'zip("qkv"', 'zip("vkq"')
-    monkeypatch.setattr(loading, "thirds", clip_loading.thirds)
+    plant(monkeypatch, engine, "thirds", 'zip("qkv"', 'zip("vkq"')
+    monkeypatch.setattr(loading, "thirds", engine.thirds)
     assert_noticed()
 
 
@@ -116,7 +116,7 @@ def test_the_full_parts_are_diffusers_published_file():
     with torch.device("meta"):
         parts = nn.ModuleDict({"image": ImageTower(L14.image), "exemplar": Exemplar(ExemplarConfig())})
         parts.register_parameter("null_context", nn.Parameter(torch.empty(1, 1, 768)))
-    file = published("paint_by_example_image_encoder")
+    file = published("pbe_diffusers_image_encoder")
     load_into(parts, file, DIFFUSERS)
     assert sum(p.numel() for p in parts.parameters()) == 366_950_912
     assert len(file) == 477
@@ -141,12 +141,13 @@ def test_a_fused_projection_is_divided_without_a_copy_and_one_of_another_size_is
     "name", ["uncond_vector", "mapper.blocks.1.attn1.to_k.bias", "final_layer_norm.weight"]
 )
 def test_an_image_encoder_that_lacks_a_tensor_or_has_one_too_many_is_refused(name: str, tmp_path: Path):
-    _, path = diffusers(tmp_path)
+    diffusers(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
     tensors = torch.load(path)
     for wrong in (tensors | {f"{name}_2": torch.ones(1)}, {k: v for k, v in tensors.items() if k != name}):
         torch.save(wrong, path)
-        with pytest.raises(UserError, match="no row of the table|the model has no such layer|nothing"):
-            load_image_encoder(path, ImageTower(THEIRS), Exemplar(ExemplarConfig(32, 2, 24)))
+        with pytest.raises(UserError, match="no row of the table|the model has no such layer|lacks"):
+            load_image_encoder(tmp_path, ImageTower(THEIRS), Exemplar(ExemplarConfig(32, 2, 24)))
 
 
 # helpers
@@ -166,7 +167,7 @@ def assert_noticed(table: Table = EXEMPLAR) -> None:
         assert_parity(ours(tower.pooled(PICTURE)), GOLDEN.outputs["context"])
 
 
-def diffusers(folder: Path) -> tuple[PaintByExampleImageEncoder, Path]:
+def diffusers(folder: Path) -> PaintByExampleImageEncoder:
     """Random, and its file as published: transformers has since left `vision_model.` out of the names, and position_ids."""
     config = CLIPVisionConfig(
         hidden_size=THEIRS.dim,
@@ -186,4 +187,4 @@ def diffusers(folder: Path) -> tuple[PaintByExampleImageEncoder, Path]:
     }
     tensors["model.vision_model.embeddings.position_ids"] = torch.arange(THEIRS.tokens)[None]
     torch.save(tensors, folder / "pytorch_model.bin")
-    return theirs, folder / "pytorch_model.bin"
+    return theirs

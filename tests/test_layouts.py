@@ -14,18 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from tests.parity import swap
-from tests.published import published
+from tests.published import MANIFESTS, published
 from tests.standin import FILES, standin, write
 from unifashion import UserError
 from unifashion.blocks import UNetConfig
-from unifashion.clip import B16, CLIP, L14, L14_336
+from unifashion.clip import B16, CLIP, L14, L14_336, ImageConfig
 from unifashion.config import FULL
+from unifashion.exemplar import ExemplarConfig
 from unifashion.qformer import QFormer
+from unifashion.stableviton import PUBLISHED, StableVITONConfig
 from unifashion.unet import UNet
-from unifashion.vae import VAE
+from unifashion.vae import VAE, VAEConfig
 from unifashion.vit import ViT
 from weights.clip import CLIPS
 from weights.containers import read_checkpoint
+from weights.exemplar import load_published
 from weights.qformer import QFORMERS, VITS
 from weights.rename import Checkpoint, Layout, Layouts, layout_of, load_layout, rename
 from weights.unet import UNETS
@@ -241,7 +244,7 @@ def rewrite(file: Checkpoint, rules: list[tuple[str, str]]) -> Checkpoint:
     return file
 
 
-COMPVIS_UNET = "model.diffusion_model."
+COMPVIS_UNET, COMPVIS_VAE = "model.diffusion_model.", "first_stage_model."
 # part: the layouts, the manifest of one file and what of it is the part's, how it is rewritten, the manifest of the other
 TWINS = {
     "ViT, LAVIS and Hugging Face": (VITS, "lavis_blip2_stage1_model_in_memory", "", hugging_face_blip2, "hf_blip2_itm_vit_g"),
@@ -299,8 +302,96 @@ def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
     ]
 
 
+# whole models
+
+
+def diffusers_image_encoder(compvis: Checkpoint) -> Checkpoint:
+    file: Checkpoint = {}
+    for name, x in compvis.items():
+        if ".attn.c_qkv." in name:
+            for part, third in zip("qkv", x.chunk(3), strict=True):
+                file[name.replace("attn.c_qkv", f"attn1.to_{part}")] = third.clone()
+        elif name.startswith(("cond_stage_model.", "proj_out.")) or name == "learnable_vector":
+            file[name] = x
+    rules = [
+        (r"^cond_stage_model\.transformer\.", "model."),
+        (r"^cond_stage_model\.final_ln\.", "final_layer_norm."),
+        (r"^learnable_vector$", "uncond_vector"),
+        (r"^cond_stage_model\.mapper\.resblocks\.", "mapper.blocks."),
+        (r"\.ln_1\.", ".norm1."),
+        (r"\.ln_2\.", ".norm3."),
+        (r"\.attn\.c_proj\.", ".attn1.to_out.0."),
+        (r"\.mlp\.c_fc\.", ".ff.net.0.proj."),
+        (r"\.mlp\.c_proj\.", ".ff.net.2."),
+    ]
+    return rewrite(file, rules)
+
+
+WHOLE = {  # sizes of a small Paint-by-Example that is a network, too
+    320: 32, 640: 64, 960: 96, 1280: 128, 1920: 192, 2560: 256, 5120: 512, 10240: 1024, 768: 24, 1024: 32, 3072: 96,
+    4096: 128, 257: 5, 128: 32, 256: 64, 512: 128,
+}  # fmt: skip
+WHOLE_CONFIG = StableVITONConfig(
+    image=ImageConfig(image_size=28, dim=32, heads=4, mlp_dim=128),
+    exemplar=ExemplarConfig(32, 5, 24),
+    vae=VAEConfig(channels=32),
+    unet=UNetConfig(9, channels=32, heads=4, context_dim=24),
+    picture=(64, 64),
+    dresses=False,
+)
+
+
+def test_both_editions_of_paint_by_example_are_one_model_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(PUBLISHED, "paint-by-example", WHOLE_CONFIG)
+    file = standin("pbe_model_ckpt_compvis", WHOLE)
+    unet = {k.removeprefix(COMPVIS_UNET): x for k, x in file.items() if k.startswith(COMPVIS_UNET)}
+    vae = {k.removeprefix(COMPVIS_VAE): x for k, x in file.items() if k.startswith(COMPVIS_VAE)}
+    parts = {
+        "pbe_diffusers_unet": diffusers_unet(unet),
+        "pbe_diffusers_vae": old_diffusers_vae(vae)
+        if "query" in "".join(published("pbe_diffusers_vae"))
+        else diffusers_vae(vae),
+        "pbe_diffusers_image_encoder": diffusers_image_encoder(file),
+    }
+    write(file, tmp_path / "compvis" / FILES["pbe_model_ckpt_compvis"][0], "lightning")
+    for name, tensors in parts.items():
+        assert tensors.keys() == published(name).keys()
+        write(tensors, tmp_path / "diffusers" / FILES[name][0], FILES[name][1])
+    one, other = (
+        load_published("paint-by-example", tmp_path / x).state_dict() for x in ("compvis", "diffusers")
+    )
+    assert len(one) > 1000 and differences(one, other) == []
+
+
 # all of them
+
+READ_ELSEWHERE = {  # by the tests of the component
+    "vicuna_7b_v1_5": "test_llama_weights.py",
+    "llava_1_5_7b_hf": "test_llama_weights.py",
+    "llava_1_5_7b_hf_transformers5_names": "test_llama_weights.py",
+    "llava_v1_5_7b_liuhaotian": "test_llava.py",
+    "pbe_model_ckpt_compvis": "test_stableviton.py",
+    "pbe_diffusers_image_encoder": "test_exemplar.py",
+    "stableviton_VITONHD": "test_garment.py",
+    "stableviton_VITONHD_PBE_pose": "test_stableviton.py",
+    "sd_v1_4_compvis": "test_unet.py",
+    "pt_inception_2015_12_05": "test_inception.py",
+}
+NOT_NEEDED = {
+    "hf_blip2_opt_2_7b": "a later stage of BLIP-2 without the text half of the Q-Former: nothing can start from it",
+    "llama2_7b_meta_consolidated": "Llama 2 itself, not the Vicuna of the paper; gated",
+    "llava_v1_5_7b_mm_projector_bin": "the same four tensors are in the shards beside it",
+    "sd_v1_4_diffusers_text_encoder": "no prompt goes through it: what Stable Diffusion is told here comes from the Q-Former or from a picture",
+    "torch_fidelity_inception_2015_12_05": "pt_inception_2015_12_05 without its counters: test_inception.py leaves them out",
+}
 
 
 def test_every_manifest_is_read_or_not_needed_for_a_reason():
-    pass
+    names = {path.stem for path in MANIFESTS.glob("*.txt")}
+    assert len(names) == 32
+    assert names == READ.keys() | READ_ELSEWHERE.keys() | NOT_NEEDED.keys()
+    assert names - FILES.keys() <= NOT_NEEDED.keys()
+    for name, file in READ_ELSEWHERE.items():
+        assert f'"{name}"' in (Path(__file__).parent / file).read_text(encoding="utf-8"), name

@@ -138,8 +138,9 @@ def test_a_paint_by_example_made_of_three_goldens_equals_them_all(
 @pytest.mark.parametrize(
     ("file", "name", "tensors", "parameters"),
     [  # StableVITON's file less the 20 numbers of lastzc
-        ("stableviton", "stableviton", 1957, 1_838_680_959 - 20),
-        ("paint_by_example", "paint-by-example", 1403, 1_310_140_139),
+        ("stableviton_VITONHD", "stableviton", 1957, 1_838_680_959 - 20),
+        ("stableviton_VITONHD_PBE_pose", "stableviton", 1958, 1_838_680_959 - 20),
+        ("pbe_model_ckpt_compvis", "paint-by-example", 1403, 1_310_140_139),
     ],
 )
 def test_the_full_model_is_the_published_file(file: str, name: str, tensors: int, parameters: int):
@@ -158,7 +159,10 @@ def test_the_full_model_is_the_published_file(file: str, name: str, tensors: int
 
 
 def test_neither_file_is_taken_for_the_other():
-    for file, name in (("stableviton", "paint-by-example"), ("paint_by_example", "stableviton")):
+    for file, name in (
+        ("stableviton_VITONHD", "paint-by-example"),
+        ("pbe_model_ckpt_compvis", "stableviton"),
+    ):
         with pytest.raises(UserError):
             fill(full(name), published(file), name)
 

@@ -1,26 +1,29 @@
 """Paint-by-Example and StableVITON whole -> `unifashion.stableviton.StableVITON`.
 
-    VITONHD.ckpt                  StableVITON as published: garment encoder, pose
-    paint-by-example/model.ckpt   Paint-by-Example, CompVis' layout
+    VITONHD.ckpt                                      StableVITON as published: garment encoder, pose
+    paint-by-example/model.ckpt                       Paint-by-Example, CompVis' layout
+    paint-by-example/{unet,vae,image_encoder}/        the same, diffusers' layout
 
-What sees the garment, image tower and exemplar, is in both under the same names; diffusers' edition of Paint-by-Example has
-it in a file of its own (`load_image_encoder`).
+What sees the garment, image tower and exemplar, is in both under the same names; diffusers has it in a file of its own.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import weights.vae
 from unifashion import UserError
 from unifashion.clip import ImageTower
 from unifashion.exemplar import Exemplar
 from unifashion.stableviton import PUBLISHED, StableVITON
-from weights.clip import HF_IMAGE, thirds
+from weights.clip import HF_IMAGE
+from weights.containers import read_checkpoint, read_folder
 from weights.garment import NETWORKS, SCHEDULE, with_control_convs
-from weights.rename import Table, load_into, read_checkpoint, under
-from weights.unet import PREFIX, UNET
+from weights.rename import Table, load_into, load_layout, thirds, under
+from weights.unet import PREFIX, UNET, UNETS
+from weights.vae import VAE, VAES
 
 # fmt: off
 BLOCK: Table = {  # as `unfused` leaves it
@@ -63,7 +66,7 @@ DIFFUSERS: Table = {  # image_encoder/
 STABLEVITON: Table = {**NETWORKS, **EXEMPLAR}
 PAINT_BY_EXAMPLE: Table = {
     **under(PREFIX,                "unet.", UNET),
-    **under("first_stage_model.",  "vae.", weights.vae.VAE),
+    **under("first_stage_model.",  "vae.", VAE),
     **EXEMPLAR,
     **SCHEDULE,
 }
@@ -109,15 +112,17 @@ def load_published(
     """
     file, table, source = FILES[name]
     path = folder / file
-    if not path.is_file():
-        raise UserError(f"{path} is missing: get {source}")
+    if not path.is_file():  # or what `weights.convert` has made of it
+        path = path.with_suffix(".safetensors")
     with torch.device("meta"):
         model = StableVITON(PUBLISHED[name])
-    try:  # no name for the checkpoint: load_into frees it tensor by tensor
-        load_into(model, _read(path, model), table, dtype, device)
-    except UserError as error:
-        told = str(error)
-        raise UserError(told if told.startswith(str(path)) else f"{path} is not {name}: {told}") from None
+    if path.is_file():
+        with _naming(path, name):  # no name for the checkpoint: load_into frees it tensor by tensor
+            load_into(model, _read(path, model), table, dtype, device)
+    elif name == "paint-by-example" and (path.parent / "unet").is_dir():
+        _load_diffusers(path.parent, model, dtype, device)
+    else:
+        raise UserError(f"{folder / file} is missing: get {source}")
     if model.cfg.dresses and model.garment.untrained:
         raise UserError(
             f"{path} is not {name}: its garment encoder is untrained, as in VITONHD_PBE_pose.ckpt"
@@ -130,19 +135,37 @@ def _read(path: Path, model: StableVITON) -> dict[str, Tensor]:
     return with_control_convs(checkpoint, model.garment) if model.cfg.dresses else checkpoint
 
 
+def _load_diffusers(folder: Path, model: StableVITON, dtype: torch.dtype, device: str | torch.device) -> None:
+    for part, module, layouts in (("unet", model.unet, UNETS), ("vae", model.vae, VAES)):
+        with _naming(folder / part, "paint-by-example"):
+            load_layout(module, read_folder(folder / part), layouts, dtype, device)
+    part = folder / "image_encoder"
+    with _naming(part, "paint-by-example"):
+        model.null_context = load_image_encoder(part, model.image, model.exemplar, dtype, device)
+
+
+@contextmanager
+def _naming(path: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        raise UserError(told if told.startswith(str(path)) else f"{path} is not {name}: {told}") from None
+
+
 def load_image_encoder(
-    path: str | Path,
+    folder: Path,
     image: ImageTower,
     exemplar: Exemplar,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> nn.Parameter:
     """
-    Fill both, which may be on the meta device, from the file in diffusers' `image_encoder` -> its uncond_vector
+    Fill both, which may be on the meta device, from diffusers' folder `image_encoder` -> its uncond_vector
     (1,1,context_dim), the null context. UserError if the file holds anything that DIFFUSERS does not name, or lacks anything.
     """
     parts = nn.ModuleDict({"image": image, "exemplar": exemplar})
     null = torch.empty(1, 1, exemplar.proj.out_features, device="meta")
     parts.register_parameter("null_context", nn.Parameter(null))
-    load_into(parts, read_checkpoint(path), DIFFUSERS, dtype, device)
+    load_into(parts, read_folder(folder), DIFFUSERS, dtype, device)
     return parts.null_context

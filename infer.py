@@ -9,6 +9,9 @@
     python infer.py index --images photos --out catalog
     python infer.py search --catalog catalog --image cloth.jpg --text "is red" --sheet found.png
 
+and, with --model, published models that need none of our training: BLIP-2 to index and search, LLaVA to caption, StableVITON
+and Paint-by-Example to try on.
+
 Exit codes: 0 done; 2 the input is wrong: one line says what, and nothing is written (of many
 captions, or pictures that are indexed, those that were done are kept for the next run); 130 stopped
 by Ctrl-C; 1 a bug.
@@ -40,8 +43,6 @@ def tryon(args: argparse.Namespace) -> None:
     """Dress the person of one picture in the garment of another, or of a sketch, with a text or without."""
     flags.check_tryon(args)
     published = args.model != "unifashion"
-    if published:
-        args.preset = "full"  # there is no other
 
     from unifashion import preprocess, training
     from unifashion.diffusion import timesteps
@@ -104,11 +105,7 @@ def caption(args: argparse.Namespace) -> None:
 
     notes: list[str] = []
     keywords: tuple[str, ...] = ()
-    if args.model == "llava":
-        if args.preset == "tiny":
-            raise UserError("--model llava has one size: leave --preset tiny out")
-        args.preset = "full"
-    elif args.keywords:
+    if args.keywords and args.model != "llava":
         raise UserError("--keywords is for --model llava: UniFashion knows the instructions of Table 7 alone")
     cfg, device, dtype = settle(args, notes)
     if args.model == "llava":
@@ -169,8 +166,10 @@ def index(args: argparse.Namespace) -> None:
     from unifashion.caption import check_search
     from unifashion.catalog import VERSION
     from unifashion.search import qformer_hash
-    from weights.load import captioner, llm_tokenizer, load_unifashion, tokenizer
+    from weights.load import captioner, llm_tokenizer, tokenizer
 
+    if args.captions and args.model == "blip2":
+        raise UserError("--model blip2 writes no --captions")
     notes: list[str] = []
     cfg, device, dtype = settle(args, notes)
     indexing.pictures_under(args.images)  # to complain now, rather than when the model is loaded
@@ -183,7 +182,7 @@ def index(args: argparse.Namespace) -> None:
 
     training.fast_malloc()
     start = time.perf_counter()
-    model = load_unifashion(args.preset, args.weights, device, dtype, draws=False, writes=bool(args.captions))
+    model = retriever(args, device, dtype, writes=bool(args.captions))
     about = {"catalogue": VERSION, "preset": args.preset, "qformer sha256": qformer_hash(model)}
     about |= {"dtype": args.dtype, "captions": args.captions or "", "captioner": ""}
     if args.captions:
@@ -212,7 +211,7 @@ def search(args: argparse.Namespace) -> None:
     from unifashion.catalog import Catalog, check_same
     from unifashion.search import qformer_hash, query_embedding
     from unifashion.tokenizers import read_query
-    from weights.load import load_unifashion, tokenizer
+    from weights.load import tokenizer
 
     notes: list[str] = []
     cfg, device, dtype = settle(args, notes)
@@ -232,12 +231,14 @@ def search(args: argparse.Namespace) -> None:
         notes += told
     if args.top > len(catalog):
         notes.append(f"--top is {args.top}, and there are {len(catalog)} pictures: these are all")
-    if picture and text and catalog.captions is None:
+    if picture and text and args.model == "blip2":
+        notes.append("BLIP-2 was not trained on a picture and what is to be different: these are a guess")
+    elif picture and text and catalog.captions is None:
         notes.append("the catalogue has no captions: pictures alone are compared")
     catalog.verify(args.quiet)
 
     training.fast_malloc()
-    model = load_unifashion(args.preset, args.weights, device, dtype, draws=False)
+    model = retriever(args, device, dtype)
     check_same(args.catalog, catalog.about, {"qformer sha256": qformer_hash(model)}, otherwise)
     start = time.perf_counter()
     query = query_embedding(model, picture, text)
@@ -258,6 +259,14 @@ def search(args: argparse.Namespace) -> None:
     for one in found:
         caption = f"  {plain(one['caption'])}" if "caption" in one else ""
         print(f"{one['rank']:>3}  {one['score']:.4f}  {plain(one['path'])}{caption}")
+
+
+def retriever(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, writes: bool = False):
+    """UniFashion without what draws; or BLIP-2 as published, which it starts from, and which it is without its training."""
+    from weights.load import load_public, load_unifashion
+
+    load = load_public if args.model == "blip2" else load_unifashion
+    return load(args.preset, args.weights, device, dtype, draws=False, writes=writes).requires_grad_(False)
 
 
 def tell(args: argparse.Namespace, notes: list[str]) -> None:
@@ -305,6 +314,11 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--json", action="store_true", help="the report as one JSON object on stdout")
 
 
+def model_argument(parser: argparse.ArgumentParser, name: str, what: str) -> None:
+    help_ = f"{name} is {what}: it needs none of our training (default %(default)s)"
+    parser.add_argument("--model", choices=["unifashion", name], default="unifashion", help=help_)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     top = Parser(prog="infer.py", description="Use the trained model.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -329,12 +343,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="fashiongen",
         help="fashion200k, which is short, fashiongen, professional, or fashioniq-cap, detailed (default %(default)s)",
     )
-    p.add_argument(
-        "--model",
-        choices=["unifashion", "llava"],
-        default="unifashion",
-        help="llava is LLaVA-1.5-7B as published, and needs no training of ours (default %(default)s)",
-    )
+    model_argument(p, "llava", "LLaVA-1.5-7B as published")
     help_ = "a word a line, of which llava is to use those that match the picture (unifashion.data.keywords)"
     p.add_argument("--keywords", type=Path, metavar="FILE", help=help_)
     p.add_argument("--beams", type=int, default=1, help="1 is greedy (default %(default)s)")
@@ -353,6 +362,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--images", type=Path, required=True, help=help_)
     help_ = "the catalogue, a folder; what is in it already is not embedded again, what is no more is dropped"
     p.add_argument("--out", type=Path, required=True, help=help_)
+    model_argument(p, "blip2", "BLIP-2 as published")
     help_ = "write a caption of each picture, too, which composed search reads (default style fashiongen)"
     p.add_argument("--captions", nargs="?", const="fashiongen", metavar="STYLE", help=help_)
     common_arguments(p)
@@ -360,12 +370,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = commands.add_parser("search", help=search.__doc__, description=search.__doc__)
     p.set_defaults(run=search)
     p.add_argument("--catalog", type=Path, required=True, help="what index has made, with the same model")
+    model_argument(p, "blip2", "BLIP-2 as published")
     p.add_argument("--text", help="what is looked for, or, with --image, what is to be different")
     p.add_argument("--image", type=Path, help="a picture like those that are looked for")
     p.add_argument("--top", type=int, default=10, help="how many are told (default %(default)s)")
     p.add_argument("--sheet", type=Path, help="a .png: what was asked for and what was found, with scores")
     common_arguments(p)
-    return top.parse_args(argv)
+    args = top.parse_args(argv)
+    if args.model != "unifashion":
+        if args.preset == "tiny":
+            raise UserError(f"--model {args.model} has no preset tiny: it was published in one size")
+        args.preset = "full"
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

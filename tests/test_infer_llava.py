@@ -267,7 +267,7 @@ BAD = {
     "a folder for a list": ("--keywords folder.png", "--keywords folder.png: not a file"),
     "a list of nothing": ("--keywords ''", "--keywords .: not a file"),
     "a list for UniFashion": ("--model unifashion --preset tiny --keywords words.txt", "--keywords is for --model llava"),
-    "a tiny LLaVA": ("--preset tiny", "--model llava has one size: leave --preset tiny out"),
+    "a tiny LLaVA": ("--preset tiny", "--model llava has no preset tiny: it was published in one size"),
     "an unknown style": ("--style vogue", "unknown caption style 'vogue': it is one of fashion200k, "),
     "no tokens": ("--max-tokens 0", "--max-tokens is 0, must be 1 to "),
     "tokens beyond the context": ("--max-tokens 300", "--max-tokens is 300, must be 1 to "),

@@ -52,8 +52,6 @@ def check_tryon(args: argparse.Namespace) -> None:
             )
         if args.pose and args.model == "paint-by-example":
             raise UserError("--model paint-by-example reads no --pose")
-        if args.preset == "tiny":
-            raise UserError(f"--model {args.model} has no preset tiny: it was published in one size")
 
 
 def four_numbers(text: str) -> tuple[int, ...]:

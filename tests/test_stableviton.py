@@ -125,7 +125,7 @@ def test_a_paint_by_example_made_of_three_goldens_equals_them_all(
     file |= {f"first_stage_model.{name}": x for name, x in vae.weights.items()}
     torch.save({"state_dict": file}, tmp_path / "model.ckpt")
     monkeypatch.setitem(PUBLISHED, "paint-by-example", cfg)
-    monkeypatch.setitem(FILES, "paint-by-example", ("model.ckpt", table, ""))
+    monkeypatch.setitem(FILES, "paint-by-example", ("model.ckpt", table))
     model = load_published("paint-by-example", tmp_path, dtype=torch.float64)
 
     assert_parity(model.context(model.see(encoder.inputs["pixel_values"])), encoder.outputs["context"])

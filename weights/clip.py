@@ -9,10 +9,10 @@ from unifashion import UserError
 from unifashion.clip import CLIP, L14, CLIPConfig
 from unifashion.tokenizers import CLIPTokenizer
 from weights.containers import read_checkpoint
+from weights.files import source_of
 from weights.rename import Layout, Layouts, Table, load_layout, thirds, under
 
 FOLDER = Path(__file__).parent / "files" / "clip-vit-large-patch14"
-HUB = "https://huggingface.co/openai/clip-vit-large-patch14"
 
 # fmt: off
 HF_BLOCK: Table = {
@@ -145,6 +145,4 @@ def _wanted(folder: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise UserError(
-        f"{folder / names[0]} is missing: get model.safetensors and merges.txt from {HUB} into {folder}"
-    )
+    raise UserError(f"{folder / names[0]} is missing: {source_of(FOLDER.name)} into {folder}")

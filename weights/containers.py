@@ -55,6 +55,11 @@ NO_CHECKPOINTS = {
 }
 
 
+# Of the files in a folder: transformers', diffusers', open_clip's
+STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+ENDINGS = ("safetensors", "bin", "ckpt")
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """
     {original name: tensor} on the CPU. Safetensors and zip files are mapped, not read: what is not used costs no memory.
@@ -105,11 +110,11 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
 def shards_of(folder: Path) -> list[Path]:
     """
-    model.safetensors, or model-00001-of-00003.safetensors and so on, or the same of pytorch_model, .bin or converted, or of
-    diffusers' diffusion_pytorch_model. Raises UserError if there is none, or if one of several is missing.
+    model.safetensors, or model-00001-of-00003.safetensors and so on, or the like: STEMS and ENDINGS, the first that is there.
+    Raises UserError if there is none, or if one of several is missing.
     """
-    for stem in ("model", "pytorch_model", "diffusion_pytorch_model"):
-        for ending in ("safetensors", "bin"):
+    for stem in STEMS:
+        for ending in ENDINGS:
             if (whole := folder / f"{stem}.{ending}").is_file():
                 return [whole]
             numbered = rf"{stem}-\d+-of-(\d+)\.{ending}"

@@ -20,6 +20,7 @@ from unifashion.exemplar import Exemplar
 from unifashion.stableviton import PUBLISHED, StableVITON
 from weights.clip import HF_IMAGE
 from weights.containers import read_checkpoint, read_folder
+from weights.files import source_of
 from weights.garment import NETWORKS, SCHEDULE, with_control_convs
 from weights.rename import Table, load_into, load_layout, thirds, under
 from weights.unet import PREFIX, UNET, UNETS
@@ -72,16 +73,11 @@ PAINT_BY_EXAMPLE: Table = {
 }
 # fmt: on
 
-HUB = "https://huggingface.co"
-FILES = {  # name of the model: its file, the table that reads it, and where it is from
-    # Not VITONHD_PBE_pose.ckpt, which has the same names: StableVITON's training starts from it. Its garment encoder is shut
-    # by zero convolutions still, so it would draw as Paint-by-Example does, under StableVITON's name.
-    "stableviton": ("VITONHD.ckpt", STABLEVITON, f"ckpts/VITONHD.ckpt from {HUB}/rlawjdghek/StableVITON"),
-    "paint-by-example": (
-        "paint-by-example/model.ckpt",
-        PAINT_BY_EXAMPLE,
-        f"model.ckpt from {HUB}/Fantasy-Studio/Paint-by-Example into this folder",
-    ),
+FILES = {  # name of the model: its file, and the table that reads it
+    # Not VITONHD_PBE_pose.ckpt, which has the same names: StableVITON's training starts from it. Its garment encoder does
+    # nothing yet, so that it would draw as Paint-by-Example does, under StableVITON's name.
+    "stableviton": ("VITONHD.ckpt", STABLEVITON),
+    "paint-by-example": ("paint-by-example/model.ckpt", PAINT_BY_EXAMPLE),
 }
 
 
@@ -110,7 +106,7 @@ def load_published(
 
     Raises UserError, which says where to get it, for a file that is missing, and for one that is damaged or another model's.
     """
-    file, table, source = FILES[name]
+    file, table = FILES[name]
     path = folder / file
     if not path.is_file():  # or what `weights.convert` has made of it
         path = path.with_suffix(".safetensors")
@@ -118,11 +114,11 @@ def load_published(
         model = StableVITON(PUBLISHED[name])
     if path.is_file():
         with _naming(path, name):  # no name for the checkpoint: load_into frees it tensor by tensor
-            load_into(model, _read(path, model), table, dtype, device)
+            load_into(model, as_ours(read_checkpoint(path), model), table, dtype, device)
     elif name == "paint-by-example" and (path.parent / "unet").is_dir():
         _load_diffusers(path.parent, model, dtype, device)
     else:
-        raise UserError(f"{folder / file} is missing: get {source}")
+        raise UserError(f"{folder / file} is missing: {source_of(file)}")
     if model.cfg.dresses and model.garment.untrained:
         raise UserError(
             f"{path} is not {name}: its garment encoder is untrained, as in VITONHD_PBE_pose.ckpt"
@@ -130,8 +126,9 @@ def load_published(
     return model.eval().requires_grad_(False)
 
 
-def _read(path: Path, model: StableVITON) -> dict[str, Tensor]:
-    checkpoint = unfused(read_checkpoint(path))
+def as_ours(checkpoint: dict[str, Tensor], model: StableVITON) -> dict[str, Tensor]:
+    """A whole file as its table reads it: `unfused`, and for StableVITON `with_control_convs`."""
+    checkpoint = unfused(checkpoint)
     return with_control_convs(checkpoint, model.garment) if model.cfg.dresses else checkpoint
 
 

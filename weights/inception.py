@@ -11,11 +11,11 @@ from torch import nn
 
 from unifashion import UserError
 from weights.containers import read_checkpoint
+from weights.files import source_of
 from weights.rename import Table, load_into, under
 
 HERE = Path(__file__).parent
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
-SOURCE = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILES[0]}"
 
 # fmt: off
 CONVOLUTION: Table = {
@@ -117,7 +117,7 @@ def load_inception(network: nn.Module, folder: Path = HERE / "files") -> None:
     """
     path = next((folder / name for name in FILES if (folder / name).exists()), None)
     if path is None:
-        raise UserError(f"{folder / FILES[0]} is missing: FID and KID need it, get {SOURCE}")
+        raise UserError(f"{folder / FILES[0]} is missing: FID and KID need it, {source_of(FILES[0])}")
     try:
         load_into(network, read_checkpoint(path), INCEPTION)
     except UserError as error:

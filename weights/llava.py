@@ -17,8 +17,9 @@ from unifashion.llava import LLaVA
 from unifashion.tokenizers import SentencePiece
 from weights.clip import HF_IMAGE
 from weights.containers import read_checkpoint, read_folder, shards_of
+from weights.files import source_of
 from weights.llama import BODY, HEAD, without_appended
-from weights.load import HUB, folder_of
+from weights.load import folder_of
 from weights.rename import Layout, Layouts, Table, load_into, load_layout, under
 
 # fmt: off
@@ -80,9 +81,7 @@ def llava_files(folder: Path | None = None) -> tuple[Path, list[Path]]:
     place = next((folder / name for name in FOLDERS if (folder / name).is_dir()), None)
     if place is None:
         name = FOLDERS[0]
-        raise UserError(
-            f"{folder / name} is missing: get the .safetensors files and tokenizer.model of {HUB}/llava-hf/{name} into this folder"
-        )
+        raise UserError(f"{folder / name} is missing: {source_of(name)}")
     files = shards_of(place)
     if place.name == FOLDERS[1]:
         tower = next(
@@ -95,8 +94,8 @@ def llava_files(folder: Path | None = None) -> tuple[Path, list[Path]]:
         )
         if tower is None:
             raise UserError(
-                f"{folder / TOWER_FOLDER / TOWER_FILES[1]} is missing: {place.name} has no image tower of its own, get this file of "
-                f"{HUB}/openai/{TOWER_FOLDER} into this folder"
+                f"{folder / TOWER_FOLDER / TOWER_FILES[1]} is missing: {place.name} has no image tower of its own, "
+                f"{source_of(TOWER_FOLDER)}"
             )
         files.append(tower)
     return place, files

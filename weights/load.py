@@ -25,6 +25,7 @@ from unifashion.model import HALVES, UniFashion
 from unifashion.runs import part_of
 from unifashion.tokenizers import SentencePiece, WordPiece
 from weights.containers import read_checkpoint, read_folder
+from weights.files import source_of
 from weights.garment import STABLEVITON, load_stableviton
 from weights.llama import llamas
 from weights.qformer import QFORMERS, VITS
@@ -47,18 +48,6 @@ TRYON_VAE = "VITONHD_VAE_finetuning.ckpt"  # without it, the VAE inside TRYON
 LLMS = ("vicuna-7b-v1.5", "llava-v1.5-7b", "llava-1.5-7b-hf")
 WORDS = {"tiny": "llama_tokenizer.model", "full": "tokenizer.model"}  # of FULL in the LLM's folder
 VAE_INSIDE: Layouts = {"first_stage_model.quant_conv.weight": Layout(only("vae.", STABLEVITON))}
-
-LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
-HUB = "https://huggingface.co"
-SOURCES = {  # of FULL
-    EVA: f"get {LAVIS}/{EVA}",
-    BLIP2: f"get {LAVIS}/{BLIP2}",
-    TRYON[0]: f"get ckpts/{TRYON[0]}, or ckpts/{TRYON[1]}, from {HUB}/rlawjdghek/StableVITON",
-    TRYON_VAE: f"get ckpts/{TRYON_VAE} from {HUB}/rlawjdghek/StableVITON",
-    "vicuna-7b-v1.5": f"get the .bin files and tokenizer.model of {HUB}/lmsys/vicuna-7b-v1.5 into this folder",
-    VOCAB: f"get vocab.txt from {HUB}/bert-base-uncased and save it under this name",
-    LEARNED["full"]: "train_phase1.py and train_phase2.py make it: copy RUN/best/model.safetensors there",
-}
 
 
 def folder_of(preset: str, folder: Path | None = None) -> Path:
@@ -83,7 +72,7 @@ def wanted(preset: str, folder: Path, *names: str) -> Path:
                 return path
     source = "it is part of the repository, where weights/tiny/README.md says how it was made"
     if preset == "full":
-        source = f"{SOURCES[names[0]]} (or say --preset tiny, which needs no download)"
+        source = f"{source_of(names[0])} (or say --preset tiny, which needs no download)"
     raise UserError(f"{folder / names[0]} is missing: {source}")
 
 

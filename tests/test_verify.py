@@ -1,0 +1,227 @@
+"""`python -m weights.verify` and `weights.convert`, on stand-ins in the containers of the originals."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.standin import FILES as STANDINS
+from tests.standin import standin, write
+from unifashion.config import FULL
+from unifashion.qformer import QFormerConfig
+from unifashion.vae import VAEConfig
+from unifashion.vit import ViTConfig
+from weights import convert, verify
+from weights.containers import read_checkpoint
+from weights.files import FILES, USES, source_of
+from weights.load import sha256
+
+DIMS = {1408: 24, 4224: 72, 6144: 40, 30523: 37, 512: 20, 257: 5, 768: 12, 3072: 28, 256: 8}
+SMALL = replace(
+    FULL,
+    vit=ViTConfig(image_size=(28, 28), dim=24, heads=4, mlp_dim=40),
+    qformer=QFormerConfig(37, 20, 16, dim=12, heads=4, mlp_dim=28, vision_dim=24, embed_dim=8),
+)
+EVA, BLIP2 = "eva_vit_g.pth", "blip2_pretrained.pth"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """BLIP-2, of a small model that stands for the one of full size, and its vocabulary; the sizes told are theirs."""
+    monkeypatch.setattr(verify, "FULL", SMALL)
+    for name, manifest in ((EVA, "lavis_eva_vit_g"), (BLIP2, "lavis_blip2_pretrained")):
+        write(standin(manifest, DIMS), tmp_path / name, STANDINS[manifest][1])
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(31))]
+    (tmp_path / "bert_vocab.txt").write_text("\n".join(words) + "\n")
+    for name in (EVA, BLIP2, "bert_vocab.txt"):
+        path = tmp_path / name
+        monkeypatch.setitem(FILES, name, FILES[name]._replace(size=path.stat().st_size, sha256=sha256(path)))
+    return tmp_path
+
+
+def told(folder: Path, capsys: pytest.CaptureFixture) -> tuple[int, dict[str, str]]:
+    """-> exit code, and of each file and each use what is said."""
+    code = verify.main([str(folder)])
+    lines = capsys.readouterr().out.splitlines()
+    names = [*FILES, *USES]
+    return code, {
+        n: line.removeprefix(n).strip() for n in names for line in lines if line.startswith(f"{n} ")
+    }
+
+
+def test_what_is_there_is_good_and_opens_the_commands_it_is_enough_for(folder: Path, capsys):
+    code, lines = told(folder, capsys)
+    assert code == 0 and lines.keys() == {*FILES, *USES}
+    for name in (EVA, BLIP2, "bert_vocab.txt"):
+        assert lines[name].startswith("good ") and "sha256 as published" in lines[name]
+    assert "names and shapes fit" in lines[EVA]
+    assert lines["VITONHD.ckpt"].startswith("missing ") and "rlawjdghek" in lines["VITONHD.ckpt"]
+    assert lines["infer.py index, search --model blip2"] == "ready"
+    assert lines["infer.py tryon --model stableviton"] == "needs VITONHD.ckpt (10.2 GB)"
+
+
+def test_search_alone_is_a_small_download(tmp_path: Path, capsys):
+    """What README says: 2.8 GB."""
+    code, lines = told(tmp_path, capsys)
+    assert code == 0
+    assert lines["infer.py index, search --model blip2"].endswith("bert_vocab.txt (2.8 GB)")
+
+
+def test_no_number_is_loaded(folder: Path, capsys, monkeypatch):
+    seen: list[bool] = []
+    real = verify.load_layout
+    monkeypatch.setattr(
+        verify,
+        "load_layout",
+        lambda m, file, *x: (seen.extend(t.is_meta for t in file.values()), real(m, file, *x)),
+    )
+    assert told(folder, capsys)[0] == 0
+    assert len(seen) > 500 and all(seen)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), r"bytes, not [\d,]+: cut short, or another file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), "its sha256 is not the published one"),
+        (lambda path: path.write_text("<!doctype html>"), "bytes, not"),
+    ],
+    ids=["cut short", "one byte", "a page"],
+)  # fmt: skip
+def test_a_file_that_is_not_the_published_one_is_told(folder: Path, capsys, spoil, message: str):
+    spoil(folder / BLIP2)
+    code, lines = told(folder, capsys)
+    assert code == 2 and lines[BLIP2].startswith("NOT GOOD ")
+    assert re.search(message, lines[BLIP2])
+    assert lines["infer.py index, search --model blip2"].startswith("needs ")
+    assert lines[EVA].startswith("good ")
+
+
+def test_a_name_or_a_shape_that_has_no_place_is_named(folder: Path, capsys, monkeypatch):
+    monkeypatch.setitem(FILES, BLIP2, FILES[BLIP2]._replace(exact=False, sha256=""))
+    tensors = standin("lavis_blip2_pretrained", DIMS)
+    for changed, message in (
+        ({**tensors, "a.stray": torch.ones(1)}, "a.stray: no row of the table names it"),
+        ({k: x for k, x in tensors.items() if k != "itm_head.bias"}, "lacks itm_head.bias"),
+        (
+            {**tensors, "itm_head.bias": torch.ones(3)},
+            "itm_head.bias: shape (3,) in the file, (2,) in the model",
+        ),
+        (
+            {**tensors, "itm_head.bias": torch.ones(2, dtype=torch.int8)},
+            "itm_head.bias: torch.int8 in the file",
+        ),
+    ):
+        write(changed, folder / BLIP2, "model")
+        code, lines = told(folder, capsys)
+        assert code == 2 and message in lines[BLIP2]
+
+
+def test_words_of_another_number_are_told(folder: Path, capsys, monkeypatch):
+    monkeypatch.setitem(FILES, "bert_vocab.txt", FILES["bert_vocab.txt"]._replace(exact=False, sha256=""))
+    path = folder / "bert_vocab.txt"
+    path.write_text(path.read_text() + "more\n")
+    code, lines = told(folder, capsys)
+    assert code == 2 and "bert_vocab.txt has 38 pieces, not 37" in lines["bert_vocab.txt"]
+
+
+def test_folders_are_looked_into(folder: Path, capsys, monkeypatch):
+    monkeypatch.setattr(verify, "FULL", replace(SMALL, vae=VAEConfig(channels=32)))
+    dims = {128: 32, 256: 64, 512: 128}
+    parts = {"pbe_diffusers_vae": dims}
+    for name, some in parts.items():
+        write(standin(name, some), folder / STANDINS[name][0], STANDINS[name][1])
+    code, lines = told(folder, capsys)
+    assert code == 0 and lines["paint-by-example/"].startswith("good ")  # as far as it is there
+    (folder / "paint-by-example/vae/diffusion_pytorch_model.bin").write_bytes(b"")
+    code, lines = told(folder, capsys)
+    assert code == 2 and "is empty: the download did not begin" in lines["paint-by-example/"]
+
+
+def test_a_folder_that_is_none_is_one_line(tmp_path: Path, capsys):
+    assert verify.main([str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"weights.verify: {tmp_path}/none: there is no such folder of weights\n"
+
+
+def test_every_file_of_a_use_is_known_with_its_source():
+    for sets in USES.values():
+        for name in {name for files in sets for name in files}:
+            assert source_of(name.rstrip("/")).startswith("get ")
+    assert source_of("unifashion/model.safetensors").startswith("get it by train_phase1.py")
+
+
+# convert
+
+
+def test_a_converted_file_has_the_same_numbers_and_is_good(folder: Path, capsys):
+    before = {name: read_checkpoint(folder / name) for name in (EVA, BLIP2)}
+    digests = {name: sha256(folder / name) for name in before}
+    assert convert.main([str(folder / name) for name in before]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        str(folder / name.replace(".pth", ".safetensors")) for name in before
+    ]
+    for name, tensors in before.items():
+        path = (folder / name).with_suffix(".safetensors")
+        read = read_checkpoint(path)
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[k], x) and read[k].dtype == x.dtype for k, x in tensors.items())
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt", "source": name, "sha256": digests[name]}
+        (folder / name).unlink()
+    code, lines = told(folder, capsys)
+    assert code == 0 and lines["infer.py index, search --model blip2"] == "ready"
+
+
+@pytest.mark.parametrize(
+    "name", ["stableviton_VITONHD_VAE_finetuning", "openai_clip_vit_b16", "open_clip_vit_b16"]
+)
+def test_every_container_is_converted(name: str, tmp_path: Path, capsys):
+    file, container = STANDINS[name]
+    dims = {768: 12, 3072: 48, 2304: 36, 512: 20, 2048: 26, 1536: 60, 49408: 51, 128: 8, 256: 16, 64: 4}
+    write(standin(name, dims), tmp_path / file, container)
+    before = read_checkpoint(tmp_path / file)
+    assert convert.main([str(tmp_path / file)]) == 0
+    read = read_checkpoint((tmp_path / file).with_suffix(".safetensors"))
+    assert read.keys() == before.keys() and all(torch.equal(read[k], x) for k, x in before.items())
+
+
+def test_tied_tensors_are_written_twice(folder: Path):
+    """BERT's language head is its word embeddings: one place in memory, which safetensors does not take."""
+    one, other = "Qformer.cls.predictions.decoder.weight", "Qformer.bert.embeddings.word_embeddings.weight"
+    before = read_checkpoint(folder / BLIP2)
+    assert before[one].data_ptr() == before[other].data_ptr()
+    read = read_checkpoint(convert.convert(folder / BLIP2))
+    assert torch.equal(read[one], read[other]) and read[one].data_ptr() != read[other].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.pth", "none.pth: no such file"),
+        ("page.pth", "page.pth: is a web page, not a checkpoint"),
+        ("cut.pth", "cut.pth: damaged, cut short, or not a checkpoint"),
+        ("done.safetensors", "done.safetensors: is safetensors already"),
+        ("full/x.pth", "x.safetensors cannot be written: "),
+    ],
+)
+def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
+    folder: Path, capsys, monkeypatch, name: str, message: str
+):
+    (folder / "page.pth").write_text("<html>")
+    (folder / "cut.pth").write_bytes((folder / BLIP2).read_bytes()[:-3000])
+    (folder / "done.safetensors").write_bytes(b"x")
+    (folder / "full").mkdir()
+    shutil.copy(folder / BLIP2, folder / "full/x.pth")
+    if name.startswith("full"):
+        monkeypatch.setattr(
+            convert, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left"))
+        )
+    before = sorted(folder.rglob("*"))
+    assert convert.main([str(folder / name)]) == 2
+    out = capsys.readouterr()
+    assert out.err.startswith("weights.convert: ") and message in out.err and out.err.count("\n") == 1
+    assert out.out == "" and sorted(folder.rglob("*")) == before

@@ -20,8 +20,9 @@ from eval.report import interval, resampled
 from unifashion import UserError
 from unifashion.clip import CLIP
 from unifashion.tokenizers import CLIPTokenizer
+from weights.clip import FILES as CLIPS
 from weights.clip import FOLDER as CLIP_L14
-from weights.clip import LAYOUTS, load_clip
+from weights.clip import load_clip
 from weights.inception import FILES, load_inception
 from weights.load import FOLDERS, sha256
 
@@ -60,7 +61,7 @@ def load_networks(name: str) -> Networks:
     if name == "mgd":
         try:
             clip = load_clip(CLIP_L14)
-            note("clip", CLIP_L14, LAYOUTS)
+            note("clip", CLIP_L14, CLIPS)
         except UserError as error:
             lacking["CLIP-S"] = str(error)
     if inception is None and clip is None:

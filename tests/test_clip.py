@@ -191,7 +191,7 @@ def test_a_square_projection_left_as_it_is_would_be_noticed(folder: Path, monkey
 
 def test_what_is_missing_is_told_with_its_source(tmp_path: Path, folder: Path):
     source = (
-        "get model.safetensors and merges.txt from https://huggingface.co/openai/clip-vit-large-patch14 into"
+        "get model.safetensors and merges.txt of https://huggingface.co/openai/clip-vit-large-patch14 into"
     )
     with pytest.raises(UserError, match=f"model.safetensors is missing: {source} {tmp_path / 'none'}"):
         load_clip(tmp_path / "none")

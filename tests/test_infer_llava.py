@@ -273,7 +273,7 @@ BAD = {
     "tokens beyond the context": ("--max-tokens 300", "--max-tokens is 300, must be 1 to "),
     "too many beams": ("--beams 33", "--beams is 33, must be 1 to 32"),
     "no such folder of weights": ("--weights none", "none: there is no such folder of weights"),
-    "a folder of other weights": ("--weights folder.png", f"folder.png/{HF_FOLDER} is missing: get the .safetensors files"),
+    "a folder of other weights": ("--weights folder.png", f"folder.png/{HF_FOLDER} is missing: get model-0000{{1,2,3}}-of-00003.safetensors"),
     "a bad picture": ("--image a.png empty.png", "empty.png: the file is empty"),
     "an out path in no folder": ("--out nowhere/out.jsonl", "nowhere/out.jsonl cannot be written"),
     "an out path that is a picture": ("--out a.png", "a.png is no file of captions (line 1)"),

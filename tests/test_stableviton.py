@@ -212,8 +212,10 @@ def test_nothing_of_the_file_is_copied_where_no_cast_is_asked_for(
 def test_a_file_that_is_missing_damaged_or_another_is_one_line(room: Path):
     files = room / "other"
     (files / "paint-by-example").mkdir(parents=True)
-    for name, (file, _, _) in FILES.items():
-        with pytest.raises(UserError, match=rf"^{files / file} is missing: get .*https://huggingface.co/\S+"):
+    for name, (file, _) in FILES.items():
+        with pytest.raises(
+            UserError, match=rf"^{files / file} is missing: get .* of https://huggingface.co/\S+"
+        ):
             load_published(name, files)
         whole = (room / "files" / file).read_bytes()
         (files / file).write_bytes(whole[: len(whole) // 2])

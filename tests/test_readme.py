@@ -20,6 +20,7 @@ from eval import miniature, realism
 from tests import test_inception
 from unifashion.data import keywords, toy
 from unifashion.data.texts import named
+from weights import verify
 from weights.inception import FILES
 from weights.load import FOLDERS, LEARNED, load_unifashion
 from weights.tiny import pretrain
@@ -39,6 +40,7 @@ TRAINS = {"train_phase1.py": train_phase1, "train_phase2.py": train_phase2}
 
 def test_every_block_is_run_by_a_test_or_by_ci():
     by_tests = {"try-on", "use", "train (hours)", "several processes (hours)", "annotate (needs Fashion-IQ)"}
+    by_tests |= {"day one (needs public weights)"}
     by_tests |= {"evaluate (needs the data sets, and a full model)", "miniature (hours)"}
     assert BLOCKS.keys() == {*by_tests, "tests"}  # .ci/run runs "tests"
 
@@ -58,6 +60,24 @@ def test_a_command_makes_its_picture_or_its_caption(line, tmp_path, monkeypatch,
     words[words.index("--out") + 1] = str(out)
     assert infer.main([*words, "--quiet"]) == 0
     assert out.exists()
+
+
+@pytest.mark.parametrize("line", BLOCKS["day one (needs public weights)"])
+def test_a_command_of_day_one_says_which_file_it_needs(line, tmp_path, monkeypatch, capsys):
+    """On stand-ins they run in test_infer_blip2.py, test_infer_llava.py and test_stableviton.py; the files are not here."""
+    monkeypatch.chdir(ROOT)
+    _, *words = shlex.split(line)
+    if words[0] == "-m":
+        assert words == ["-m", "weights.verify"] and verify.main([str(tmp_path)]) == 0
+        return
+    for flag in ("--out", "--catalog"):
+        if flag in words:
+            words[words.index(flag) + 1] = str(tmp_path / "out.png")
+    assert infer.main([*words[1:], "--weights", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    needs = " is no catalogue" if words[1] == "search" else " is missing: get "
+    assert needs in told and not [*tmp_path.iterdir()]
 
 
 def check_search(words: list[str], folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -154,6 +154,23 @@ def test_every_file_of_a_use_is_known_with_its_source():
     assert source_of("unifashion/model.safetensors").startswith("get it by train_phase1.py")
 
 
+def test_the_readme_lists_the_same_files():
+    rows = [
+        [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+        for line in (Path(verify.__file__).parent / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `")
+    ]
+    listed = {row[0]: row[1:] for row in rows if len(row) == 5}
+    assert [*listed] == [*FILES]
+    for name, known in FILES.items():
+        source, size, licence, digest = listed[name]
+        assert (source, licence) == (known.source, known.licence)
+        assert digest == (known.sha256 or ("not published" if known.size else "-"))
+        about = known.size / (1e9 if known.size >= 1e9 else 1e6)
+        unit = "GB" if known.size >= 1e9 else "MB"
+        assert size in (f"{known.size:,}", f"{about:.2f} {unit}", f"{about:.0f} {unit}", "-")
+
+
 # convert
 
 

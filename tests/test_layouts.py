@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from eval.metrics.inception import InceptionV3
 from tests.parity import swap
 from tests.published import MANIFESTS, published
 from tests.standin import FILES, standin, write
@@ -21,14 +22,20 @@ from unifashion.blocks import UNetConfig
 from unifashion.clip import B16, CLIP, L14, L14_336, ImageConfig
 from unifashion.config import FULL
 from unifashion.exemplar import ExemplarConfig
+from unifashion.llama import Llama
+from unifashion.llava import LLAVA_7B, LLaVA
 from unifashion.qformer import QFormer
-from unifashion.stableviton import PUBLISHED, StableVITONConfig
+from unifashion.stableviton import PUBLISHED, StableVITON, StableVITONConfig
 from unifashion.unet import UNet
 from unifashion.vae import VAE, VAEConfig
 from unifashion.vit import ViT
+from weights import exemplar
 from weights.clip import CLIPS
-from weights.containers import read_checkpoint
+from weights.containers import read_checkpoint, read_folder
 from weights.exemplar import load_published
+from weights.inception import INCEPTION
+from weights.llama import llamas
+from weights.llava import ORIGINAL, llavas
 from weights.qformer import QFORMERS, VITS
 from weights.rename import Checkpoint, Layout, Layouts, layout_of, load_layout, rename
 from weights.unet import UNETS
@@ -39,6 +46,30 @@ def unet(channels: int) -> Callable[[], UNet]:
     return lambda: UNet(UNetConfig(in_channels=channels))
 
 
+def image_encoder() -> nn.Module:
+    model = StableVITON(PUBLISHED["paint-by-example"])
+    parts = nn.ModuleDict({"image": model.image, "exemplar": model.exemplar})
+    parts.register_parameter("null_context", model.null_context)
+    return parts
+
+
+def without_tower() -> nn.Module:
+    model = LLaVA(LLAVA_7B)
+    return nn.ModuleDict({"projector": model.projector, "llama": model.llama})
+
+
+def with_convs(file: Checkpoint) -> Checkpoint:
+    with torch.device("meta"):
+        return exemplar.as_ours(file, StableVITON(PUBLISHED["stableviton"]))
+
+
+def stableviton() -> StableVITON:
+    return StableVITON(PUBLISHED["stableviton"])
+
+
+INCEPTIONS: Layouts = {"Conv2d_1a_3x3.conv.weight": Layout(INCEPTION)}
+ROWS = FULL.llama.vocab_size
+STABLEVITONS: Layouts = {"learnable_vector": Layout(exemplar.STABLEVITON, with_convs)}
 # manifest -> what reads it: a module of full size, and the layouts it is read by
 READ: dict[str, list[tuple[Callable[[], nn.Module], Layouts]]] = {
     "lavis_eva_vit_g": [(lambda: ViT(FULL.vit), VITS)],
@@ -58,6 +89,18 @@ READ: dict[str, list[tuple[Callable[[], nn.Module], Layouts]]] = {
     "openai_clip_vit_b16": [(lambda: CLIP(B16), CLIPS)],
     "open_clip_vit_l14": [(lambda: CLIP(L14), CLIPS)],
     "open_clip_vit_b16": [(lambda: CLIP(B16), CLIPS)],
+    "vicuna_7b_v1_5": [(lambda: Llama(FULL.llama), llamas(ROWS))],
+    "llava_v1_5_7b_liuhaotian": [(lambda: Llama(FULL.llama), llamas(ROWS)), (without_tower, {"lm_head.weight": Layout(ORIGINAL)})],
+    "llava_1_5_7b_hf": [(lambda: Llama(FULL.llama), llamas(ROWS)), (lambda: LLaVA(LLAVA_7B), llavas(ROWS))],
+    "llava_1_5_7b_hf_transformers5_names": [(lambda: Llama(FULL.llama), llamas(ROWS)), (lambda: LLaVA(LLAVA_7B), llavas(ROWS))],
+    "stableviton_VITONHD": [(stableviton, STABLEVITONS)],
+    "stableviton_VITONHD_PBE_pose": [(stableviton, STABLEVITONS)],
+    "pbe_model_ckpt_compvis": [
+        (lambda: StableVITON(PUBLISHED["paint-by-example"]), {"learnable_vector": Layout(exemplar.PAINT_BY_EXAMPLE, exemplar.unfused)})
+    ],
+    "pbe_diffusers_image_encoder": [(image_encoder, {"uncond_vector": Layout(exemplar.DIFFUSERS)})],
+    "pt_inception_2015_12_05": [(InceptionV3, INCEPTIONS)],
+    "torch_fidelity_inception_2015_12_05": [(InceptionV3, INCEPTIONS)],
 }  # fmt: skip
 IGNORED = re.compile(
     r"(^|\.)(position_ids|inv_freq|num_batches_tracked)$|^loss\.|^Qformer\.cls\.|^query_proj\."
@@ -65,6 +108,7 @@ IGNORED = re.compile(
 SMALL = {  # sizes of small stand-ins; 257 and 577 positions are those of 2 by 2 patches
     1408: 24, 4224: 72, 6144: 40, 30523: 37, 512: 20, 257: 5, 577: 5, 197: 5, 768: 12, 2304: 36, 3072: 48, 1536: 60, 256: 8,
     320: 32, 640: 64, 960: 96, 1280: 128, 1920: 192, 2560: 256, 5120: 40, 10240: 80, 1024: 16, 4096: 44, 49408: 51, 2048: 26,
+    32000: 40, 32064: 48, 11008: 36,
 }  # fmt: skip
 CASES = [(name, i) for name, readers in READ.items() for i in range(len(readers))]
 
@@ -82,7 +126,7 @@ def test_a_single_fault_of_a_file_is_an_error_that_names_it(name: str, i: int):
     whole = published(name)
     layout = layout_of(whole, READ[name][i][1])
     used = [key for key in whole if reads(layout, key)]
-    assert len(used) > 100
+    assert len(used) > 85
     for key in random.Random(name).sample(used, 2):
         part = re.escape(key.removesuffix("bias"))  # of a fused bias, one third may be what is missed
         file = {k: x for k, x in whole.items() if k != key}
@@ -118,11 +162,13 @@ def test_a_stand_in_in_its_published_container_loads(name: str, tmp_path: Path):
     tensors, (file, container) = standin(name, SMALL), FILES[name]
     path = tmp_path / file
     write(tensors, path, container)
-    read = read_checkpoint(path)
+    read = read_folder(path.parent) if "*" in file else read_checkpoint(path)
     assert {k: x.dtype for k, x in read.items() if k in tensors} == {k: x.dtype for k, x in tensors.items()}
     for _, layouts in READ[name]:
         ours, theirs = loaded(read, layouts), loaded(tensors, layouts)
-        assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[k]) for k, x in ours.items())
+        assert ours.keys() == theirs.keys()
+        # but for what StableVITON's file has not, and ours has zeros for
+        assert all(x.is_meta or torch.equal(x, theirs[k]) for k, x in ours.items())
 
 
 # one network in two layouts: a part, how it is read, a file, and what the file's numbers are under the other's names
@@ -367,31 +413,19 @@ def test_both_editions_of_paint_by_example_are_one_model_bit_for_bit(
 
 # all of them
 
-READ_ELSEWHERE = {  # by the tests of the component
-    "vicuna_7b_v1_5": "test_llama_weights.py",
-    "llava_1_5_7b_hf": "test_llama_weights.py",
-    "llava_1_5_7b_hf_transformers5_names": "test_llama_weights.py",
-    "llava_v1_5_7b_liuhaotian": "test_llava.py",
-    "pbe_model_ckpt_compvis": "test_stableviton.py",
-    "pbe_diffusers_image_encoder": "test_exemplar.py",
-    "stableviton_VITONHD": "test_garment.py",
-    "stableviton_VITONHD_PBE_pose": "test_stableviton.py",
-    "sd_v1_4_compvis": "test_unet.py",
-    "pt_inception_2015_12_05": "test_inception.py",
+READ_IN_PARTS = {  # by the tests of the components, its U-Net and its VAE
+    "sd_v1_4_compvis": "no command needs the whole",
 }
 NOT_NEEDED = {
     "hf_blip2_opt_2_7b": "a later stage of BLIP-2 without the text half of the Q-Former: nothing can start from it",
     "llama2_7b_meta_consolidated": "Llama 2 itself, not the Vicuna of the paper; gated",
     "llava_v1_5_7b_mm_projector_bin": "the same four tensors are in the shards beside it",
     "sd_v1_4_diffusers_text_encoder": "no prompt goes through it: what Stable Diffusion is told here comes from the Q-Former or from a picture",
-    "torch_fidelity_inception_2015_12_05": "pt_inception_2015_12_05 without its counters: test_inception.py leaves them out",
 }
 
 
 def test_every_manifest_is_read_or_not_needed_for_a_reason():
     names = {path.stem for path in MANIFESTS.glob("*.txt")}
     assert len(names) == 32
-    assert names == READ.keys() | READ_ELSEWHERE.keys() | NOT_NEEDED.keys()
+    assert names == READ.keys() | READ_IN_PARTS.keys() | NOT_NEEDED.keys()
     assert names - FILES.keys() <= NOT_NEEDED.keys()
-    for name, file in READ_ELSEWHERE.items():
-        assert f'"{name}"' in (Path(__file__).parent / file).read_text(encoding="utf-8"), name

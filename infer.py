@@ -31,7 +31,10 @@ from typing import TYPE_CHECKING
 from unifashion import Parser, UserError, exit_if_unread, flags
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
+    from PIL import Image
 
     from unifashion.caption import Caption
     from unifashion.config import UniFashionConfig
@@ -189,7 +192,7 @@ def index(args: argparse.Namespace) -> None:
         about["captioner"] = captioner(args.preset, args.weights)
     see = partial(indexing.embed, model, words=words, llm=llm, style=args.captions)
     shape = cfg.qformer.queries, cfg.qformer.embed_dim
-    done = indexing.index(args.images, args.out, about, shape, cfg.vit.image_size[0], see, args.quiet)
+    done = indexing.index(args.images, args.out, about, shape, preparation(args, cfg), see, args.quiet)
     print(*(f"skipped: {plain(why)}\n" for why in done.skipped), sep="", end="", file=sys.stderr)
     used = {"catalog": str(args.out), **done._asdict(), "device": args.device, **about}
     used |= {"seconds": round(time.perf_counter() - start, 2), "notes": notes}
@@ -241,7 +244,7 @@ def search(args: argparse.Namespace) -> None:
     model = retriever(args, device, dtype)
     check_same(args.catalog, catalog.about, {"qformer sha256": qformer_hash(model)}, otherwise)
     start = time.perf_counter()
-    query = query_embedding(model, picture, text)
+    query = query_embedding(model, picture and preparation(args, cfg)(picture), text)
     found = catalog.find(query, args.top, bool(picture and text), device)
     seconds = time.perf_counter() - start
     if args.sheet:
@@ -267,6 +270,15 @@ def retriever(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
 
     load = load_public if args.model == "blip2" else load_unifashion
     return load(args.preset, args.weights, device, dtype, draws=False, writes=writes).requires_grad_(False)
+
+
+def preparation(args: argparse.Namespace, cfg: UniFashionConfig) -> Callable[[Image.Image], torch.Tensor]:
+    """A photo -> what the model reads of it: UniFashion all of it, padded, BLIP-2 all of it, squashed."""
+    from functools import partial
+
+    from unifashion.preprocess import qformer_image, squashed_image
+
+    return partial(squashed_image if args.model == "blip2" else qformer_image, size=cfg.vit.image_size[0])
 
 
 def tell(args: argparse.Namespace, notes: list[str]) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from tests.standin import lightning
 from tests.test_rename import checkpoint
 from unifashion import UserError
-from weights.containers import read_checkpoint
+from weights.containers import read_checkpoint, shards_of
 
 
 def test_every_container_gives_the_same_tensors(tmp_path: Path):
@@ -193,6 +193,70 @@ def script(path: Path, module: nn.Module) -> Path:
         warnings.simplefilter("ignore", DeprecationWarning)  # the writer is torch of 2021
         torch.jit.save(torch.jit.script(module), path)
     return path
+
+
+def test_a_pickle_cannot_change_what_reads_it(tmp_path: Path):
+    """The BUILD of a state, where there is none: on a function it would set its defaults, for every file that is read after."""
+    path, evil = script(tmp_path / "a.pt", Half()), tmp_path / "evil.pt"
+    code = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\x00}q\x01X\x01\x00\x00\x00aK\x07sb."
+    with zipfile.ZipFile(path) as good, zipfile.ZipFile(evil, "w") as bad:
+        for name in good.namelist():
+            bad.writestr(name, code if name.endswith("/data.pkl") else good.read(name))
+    one_line_naming(evil)
+    assert read_checkpoint(path)["scale"] == 3
+
+
+def test_a_record_that_is_too_short_is_refused(tmp_path: Path):
+    """What lies behind it in the file would be read as numbers."""
+    path, cut = script(tmp_path / "a.pt", Half()), tmp_path / "cut.pt"
+    with zipfile.ZipFile(path) as good, zipfile.ZipFile(cut, "w") as bad:
+        for name in good.namelist():
+            content = good.read(name)
+            bad.writestr(name, content[: len(content) // 2] if name.endswith("/data/0") else content)
+    one_line_naming(cut)
+
+
+def test_what_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a.pth"
+    torch.save(checkpoint(), path)
+
+    def forbidden(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", forbidden)
+    with pytest.raises(UserError, match=rf"^{path}: Permission denied$"):
+        read_checkpoint(path)
+
+
+def test_a_machine_that_is_too_small_is_not_told_that_the_file_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "a.pth"
+    torch.save(checkpoint(), path)
+
+    def full(*args, **kwargs):
+        raise RuntimeError("unable to mmap 62 GB from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(UserError, match=rf"^{path}: there is too little memory to map its 0.0 GB$"):
+        read_checkpoint(path)
+
+
+# shards
+
+
+def test_a_whole_set_of_shards_is_read_though_another_is_not_whole(tmp_path: Path):
+    """As when the conversion of the second was stopped."""
+    names = ["pytorch_model-00001-of-00002", "pytorch_model-00002-of-00002"]
+    for name in names:
+        torch.save(checkpoint(), tmp_path / f"{name}.bin")
+    save_file(checkpoint(), tmp_path / f"{names[0]}.safetensors")
+    assert [path.name for path in shards_of(tmp_path)] == [f"{name}.bin" for name in names]
+    (tmp_path / f"{names[1]}.bin").unlink()
+    with pytest.raises(UserError, match=rf"^{tmp_path}/{names[1]}\.safetensors is missing$"):
+        shards_of(tmp_path)
+    with pytest.raises(UserError, match="none is missing, or not a folder$"):
+        shards_of(tmp_path / "none")
 
 
 # helpers

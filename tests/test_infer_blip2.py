@@ -4,8 +4,10 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,7 +16,6 @@ from tests.rooms import photo
 from tests.test_layouts import hugging_face_blip2
 from tests.test_load import SMALL, folder, original, originals, source  # noqa: F401 - fixtures
 from unifashion.model import UniFashion
-from unifashion.preprocess import qformer_image, read_image
 from unifashion.search import image_embeddings
 from unifashion.tokenizers import WordPiece, build_vocab
 from weights import convert
@@ -66,8 +67,16 @@ def test_what_is_indexed_is_what_blip2_says_of_the_picture(room: Path, capsys, s
     blip2(capsys, "index", "--images", "shop", "--out", "cat")
     rows = infer_catalog(room / "cat")
     for i, name in enumerate("abc"):
-        picture = qformer_image(read_image(room / "shop" / f"{name}.png"), SMALL.vit.image_size[0])
+        picture = squashed(room / "shop" / f"{name}.png")
         assert torch.equal(rows[i], image_embeddings(model, picture[None])[0].half())
+
+
+def squashed(path: Path) -> Tensor:
+    """As LAVIS' blip_image_eval: bicubic to a square, whatever the shape; CLIP's mean and deviation."""
+    side = SMALL.vit.image_size[0]
+    pixels = np.array(Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)) / 255
+    mean, deviation = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    return torch.from_numpy((pixels - mean) / deviation).permute(2, 0, 1).float()
 
 
 def infer_catalog(folder: Path) -> Tensor:  # noqa: F811

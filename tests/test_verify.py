@@ -1,7 +1,8 @@
 """`python -m weights.verify` and `weights.convert`, on stand-ins in the containers of the originals."""
 
-import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.published import published
 from tests.standin import FILES as STANDINS
 from tests.standin import standin, write
 from unifashion.config import FULL
@@ -19,7 +21,9 @@ from weights import convert, verify
 from weights.containers import read_checkpoint
 from weights.files import FILES, USES, source_of
 from weights.load import sha256
+from weights.rename import Layout
 
+ROOT = Path(verify.__file__).parent.parent
 DIMS = {1408: 24, 4224: 72, 6144: 40, 30523: 37, 512: 20, 257: 5, 768: 12, 3072: 28, 256: 8}
 SMALL = replace(
     FULL,
@@ -27,6 +31,7 @@ SMALL = replace(
     qformer=QFormerConfig(37, 20, 16, dim=12, heads=4, mlp_dim=28, vision_dim=24, embed_dim=8),
 )
 EVA, BLIP2 = "eva_vit_g.pth", "blip2_pretrained.pth"
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
 
 @pytest.fixture
@@ -58,7 +63,7 @@ def test_what_is_there_is_good_and_opens_the_commands_it_is_enough_for(folder: P
     assert code == 0 and lines.keys() == {*FILES, *USES}
     for name in (EVA, BLIP2, "bert_vocab.txt"):
         assert lines[name].startswith("good ") and "sha256 as published" in lines[name]
-    assert "names and shapes fit" in lines[EVA]
+    assert "fits (float16)" in lines[EVA] and "fits (float32, int64)" in lines[BLIP2]
     assert lines["VITONHD.ckpt"].startswith("missing ") and "rlawjdghek" in lines["VITONHD.ckpt"]
     assert lines["infer.py index, search --model blip2"] == "ready"
     assert lines["infer.py tryon --model stableviton"] == "needs VITONHD.ckpt (10.2 GB)"
@@ -86,19 +91,48 @@ def test_no_number_is_loaded(folder: Path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-100]), r"bytes, not [\d,]+: cut short, or another file"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), "its sha256 is not the published one"),
-        (lambda path: path.write_text("<!doctype html>"), "bytes, not"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "damaged, cut short, or not a checkpoint"),
+        (lambda path: path.write_bytes(flipped(path.read_bytes())), "its sha256 is not the published one"),
+        (lambda path: path.write_text("<!doctype html>"), "is a web page, not a checkpoint"),
+        (lambda path: path.write_bytes(b""), "is empty: the download did not begin"),
     ],
-    ids=["cut short", "one byte", "a page"],
-)  # fmt: skip
+    ids=["cut short", "one bit", "a page", "empty"],
+)
 def test_a_file_that_is_not_the_published_one_is_told(folder: Path, capsys, spoil, message: str):
     spoil(folder / BLIP2)
     code, lines = told(folder, capsys)
-    assert code == 2 and lines[BLIP2].startswith("NOT GOOD ")
-    assert re.search(message, lines[BLIP2])
+    assert code == 2 and lines[BLIP2].startswith("NOT GOOD ") and message in lines[BLIP2]
     assert lines["infer.py index, search --model blip2"].startswith("needs ")
     assert lines[EVA].startswith("good ")
+
+
+def flipped(content: bytes) -> bytes:
+    """One bit of a number is another."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def test_a_bit_is_told_where_no_sha256_is_published(folder: Path, capsys, monkeypatch):
+    monkeypatch.setitem(FILES, BLIP2, FILES[BLIP2]._replace(sha256=""))
+    assert told(folder, capsys)[0] == 0
+    (folder / BLIP2).write_bytes(flipped((folder / BLIP2).read_bytes()))
+    code, lines = told(folder, capsys)
+    assert code == 2 and "is not what its checksum says" in lines[BLIP2]
+
+
+def test_another_edition_is_good_and_told(folder: Path, capsys, monkeypatch):
+    monkeypatch.setitem(FILES, BLIP2, FILES[BLIP2]._replace(size=10))
+    code, lines = told(folder, capsys)
+    assert code == 0 and lines[BLIP2].endswith("another edition than the published one of 10 bytes")
+
+
+def test_what_may_not_be_read_is_told(folder: Path, capsys, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(verify, "sha256", forbidden)
+    code, lines = told(folder, capsys)
+    assert code == 2 and "Permission denied" in lines[EVA]
 
 
 def test_a_name_or_a_shape_that_has_no_place_is_named(folder: Path, capsys, monkeypatch):
@@ -129,17 +163,51 @@ def test_words_of_another_number_are_told(folder: Path, capsys, monkeypatch):
     assert code == 2 and "bert_vocab.txt has 38 pieces, not 37" in lines["bert_vocab.txt"]
 
 
-def test_folders_are_looked_into(folder: Path, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "FULL", replace(SMALL, vae=VAEConfig(channels=32)))
-    dims = {128: 32, 256: 64, 512: 128}
-    parts = {"pbe_diffusers_vae": dims}
-    for name, some in parts.items():
-        write(standin(name, some), folder / STANDINS[name][0], STANDINS[name][1])
+def test_diffusers_folders_are_good_only_together(folder: Path, capsys, monkeypatch):
+    published = replace(verify.PUBLISHED["paint-by-example"], vae=VAEConfig(channels=32))
+    monkeypatch.setitem(verify.PUBLISHED, "paint-by-example", published)
+    monkeypatch.setattr(
+        verify, "UNETS", {"conv_in.weight": Layout({"*": None})}
+    )  # at full size: as if it were read
+    monkeypatch.setattr(verify, "UNet", lambda cfg: torch.nn.Identity())
+    monkeypatch.setattr(verify.exemplar, "load_image_encoder", lambda *parts: None)
+    write(
+        {"conv_in.weight": torch.ones(1)}, folder / "paint-by-example/unet/diffusion_pytorch_model.bin", "zip"
+    )
     code, lines = told(folder, capsys)
-    assert code == 0 and lines["paint-by-example/"].startswith("good ")  # as far as it is there
+    assert code == 2 and "paint-by-example/vae is missing: get " in lines["paint-by-example/"]
+    name, dims = "pbe_diffusers_vae", {128: 32, 256: 64, 512: 128}
+    write(standin(name, dims), folder / STANDINS[name][0], STANDINS[name][1])
+    code, lines = told(folder, capsys)
+    assert code == 2 and "paint-by-example/image_encoder is missing: get " in lines["paint-by-example/"]
+    (folder / "paint-by-example/image_encoder").mkdir()
+    code, lines = told(folder, capsys)
+    assert code == 0 and lines["paint-by-example/"].startswith("good ")
     (folder / "paint-by-example/vae/diffusion_pytorch_model.bin").write_bytes(b"")
     code, lines = told(folder, capsys)
     assert code == 2 and "is empty: the download did not begin" in lines["paint-by-example/"]
+
+
+@pytest.mark.parametrize(
+    "name", ["clip-vit-large-patch14/", "llava-1.5-7b-hf/", "unifashion/", "vicuna-7b-v1.5/"]
+)
+def test_an_empty_folder_is_not_good(folder: Path, capsys, name: str):
+    (folder / name).mkdir()
+    code, lines = told(folder, capsys)
+    assert code == 2 and lines[name].startswith("NOT GOOD ")
+
+
+def test_inception_is_good_under_either_name_and_converted(folder: Path, capsys):
+    for name in ("pt_inception_2015_12_05", "torch_fidelity_inception_2015_12_05"):
+        file, container = STANDINS[name]
+        write({k: torch.empty(1) for k in published(name)}, folder / file, container)
+        code, lines = told(folder, capsys)
+        assert code == 0 and lines[INCEPTION].startswith("good ")
+        convert.convert(folder / file)
+        (folder / file).unlink()
+        code, lines = told(folder, capsys)
+        assert code == 0 and lines["FID and KID of eval.generation"] == "ready"
+        (folder / file).with_suffix(".safetensors").unlink()
 
 
 def test_a_folder_that_is_none_is_one_line(tmp_path: Path, capsys):
@@ -222,23 +290,38 @@ def test_tied_tensors_are_written_twice(folder: Path):
         ("page.pth", "page.pth: is a web page, not a checkpoint"),
         ("cut.pth", "cut.pth: damaged, cut short, or not a checkpoint"),
         ("done.safetensors", "done.safetensors: is safetensors already"),
-        ("full/x.pth", "x.safetensors cannot be written: "),
+        ("twice.pth", "twice.safetensors is there already: move it away first"),
     ],
 )
 def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
-    folder: Path, capsys, monkeypatch, name: str, message: str
+    folder: Path, capsys, name: str, message: str
 ):
     (folder / "page.pth").write_text("<html>")
     (folder / "cut.pth").write_bytes((folder / BLIP2).read_bytes()[:-3000])
     (folder / "done.safetensors").write_bytes(b"x")
-    (folder / "full").mkdir()
-    shutil.copy(folder / BLIP2, folder / "full/x.pth")
-    if name.startswith("full"):
-        monkeypatch.setattr(
-            convert, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left"))
-        )
+    shutil.copy(folder / BLIP2, folder / "twice.pth")
+    (folder / "twice.safetensors").write_bytes(b"x")
     before = sorted(folder.rglob("*"))
     assert convert.main([str(folder / name)]) == 2
     out = capsys.readouterr()
     assert out.err.startswith("weights.convert: ") and message in out.err and out.err.count("\n") == 1
     assert out.out == "" and sorted(folder.rglob("*")) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(folder: Path):
+    before = sorted(folder.rglob("*"))
+    code = f"""
+import resource, sys
+from weights import convert
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.exit(convert.main([{str(folder / BLIP2)!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "cannot be written: " in done.stderr and done.stderr.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_converted_file_may_be_read_by_whom_the_original_might(folder: Path):
+    (folder / BLIP2).chmod(0o640)
+    assert convert.convert(folder / BLIP2).stat().st_mode & 0o777 == 0o640

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ from unifashion import UserError
 from unifashion.caption import PICTURES, write_captions
 from unifashion.catalog import EMBEDDINGS, ITEMS, LOCAL, Catalog, Stamp, check_same, naming, stamp, write
 from unifashion.model import UniFashion
-from unifashion.preprocess import qformer_image, read_image
+from unifashion.preprocess import read_image
 from unifashion.search import image_embeddings, text_embeddings
 from unifashion.tokenizers import SentencePiece, WordPiece, blip_caption
 
@@ -220,6 +221,7 @@ class Report(NamedTuple):
     skipped: list[str]  # and why
 
 
+Prepare = Callable[[Image.Image], Tensor]
 Embed = Callable[[list[Tensor]], tuple[np.ndarray, list[str]]]
 
 
@@ -228,7 +230,7 @@ def index(
     out: Path,
     about: dict[str, str],
     shape: tuple[int, int],
-    side: int,
+    prepare: Prepare,
     embed_batch: Embed,
     quiet: bool = False,
 ) -> Report:
@@ -237,7 +239,7 @@ def index(
 
     about        what it is made with: the header's metadata, but for the hashes (`Catalog`)
     shape        (q,d) of what is kept of a picture
-    side         of the pictures (3,side,side) that `embed_batch` is given
+    prepare      a photo, RGB -> the picture (3,y,x) that `embed_batch` is given
     embed_batch  `embed`, but for its first argument alone
 
     Raises UserError where there is no picture, and for a catalogue that was made with something else, or is damaged.
@@ -256,7 +258,7 @@ def index(
             ThreadPoolExecutor(READERS) as pool,
             tqdm(total=len(files), desc="indexing", unit="picture", disable=quiet) as bar,
         ):
-            for file, found in ahead(pool, partial(look, folder, side, known, rows), files, 2 * BATCH):
+            for file, found in ahead(pool, partial(look, folder, prepare, known, rows), files, 2 * BATCH):
                 bar.update()
                 if isinstance(found, str):
                     skipped.append(found)
@@ -284,9 +286,9 @@ def index(
 
 
 def look(
-    folder: Path, side: int, known: dict[str, tuple[Stamp, str]], rows: dict[str, int], file: File
+    folder: Path, prepare: Prepare, known: dict[str, tuple[Stamp, str]], rows: dict[str, int], file: File
 ) -> tuple[File, tuple[str, Tensor | None] | str]:
-    """-> the file, and its hash and, if it has no row, the picture (3,side,side); or what is wrong with it."""
+    """-> the file, and its hash and, if it has no row, the picture, prepared; or what is wrong with it."""
     path = folder / file.path
     before, sha = known.get(file.path, (None, ""))
     if before == file.stamp and sha in rows:
@@ -295,7 +297,7 @@ def look(
         file = File(file.path, stamp(os.stat(path)))  # hours may have passed since it was listed
         with open(path, "rb") as opened:
             sha = hashlib.file_digest(opened, "sha256").hexdigest()
-        picture = None if sha in rows else qformer_image(read_image(path), side)
+        picture = None if sha in rows else prepare(read_image(path))
         if stamp(os.stat(path)) != file.stamp:
             return file, f"{path}: changed while it was read"
     except UserError as error:

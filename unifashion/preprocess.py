@@ -138,11 +138,11 @@ def llava_image(image: Image.Image, size: int = 336) -> Tensor:
     return _middle(square, size)
 
 
-# What CLIP's image tower reads in Paint-by-Example and in StableVITON: the whole garment, squashed to a square
+# What BLIP-2 reads, and CLIP's image tower in Paint-by-Example and in StableVITON: the whole picture, squashed to a square
 
 
 def squashed_image(image: Image.Image, size: int = 224) -> Tensor:
-    """RGB image -> (3,size,size) float32, normalised with CLIP's mean and standard deviation, as Paint-by-Example does it: bicubic."""
+    """RGB image -> (3,size,size) float32, normalised with CLIP's mean and deviation, as BLIP-2 and Paint-by-Example do it: bicubic."""
     return _for_clip(image.resize((size, size), Image.Resampling.BICUBIC))
 
 

@@ -17,12 +17,10 @@ import hashlib
 from collections.abc import Callable
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from unifashion import UserError
 from unifashion.model import UniFashion
-from unifashion.preprocess import qformer_image
 
 BLOCK = 2**26  # numbers that are compared at a time: 256 MB
 
@@ -55,16 +53,14 @@ def composed_embeddings(model: UniFashion, features: Tensor, ids: Tensor, mask: 
 
 
 @torch.no_grad()
-def query_embedding(
-    model: UniFashion, picture: Image.Image | None, text: tuple[Tensor, Tensor] | None
-) -> Tensor:
+def query_embedding(model: UniFashion, picture: Tensor | None, text: tuple[Tensor, Tensor] | None) -> Tensor:
     """
-    What is looked for, for `best`: a picture, RGB -> (q,d); a text, ids and mask (1,t) -> (d,); both -> e_cls (d,).
+    What is looked for, for `best`: a picture (3,224,224), prepared as the catalogue's -> (q,d); a text, ids and mask (1,t) -> (d,); both -> e_cls (d,).
 
     Raises UserError for numbers that are not finite.
     """
     if picture is not None:
-        picture = qformer_image(picture, model.cfg.vit.image_size[0])[None].to(model.device)
+        picture = picture[None].to(model.device)
     ids, mask = (x.to(model.device) for x in text) if text else (None, None)
     if text is None:
         query = image_embeddings(model, picture)

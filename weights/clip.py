@@ -9,8 +9,8 @@ from unifashion import UserError
 from unifashion.clip import CLIP, L14, CLIPConfig
 from unifashion.tokenizers import CLIPTokenizer
 from weights.containers import read_checkpoint
-from weights.files import source_of
-from weights.rename import Layout, Layouts, Table, load_layout, thirds, under
+from weights.files import find, source_of
+from weights.rename import Layout, Layouts, Table, fused, load_layout, naming, thirds, under
 
 FOLDER = Path(__file__).parent / "files" / "clip-vit-large-patch14"
 
@@ -55,9 +55,8 @@ HF: Table = {
 
 OPENAI_BLOCK: Table = {  # as `unfused` leaves it
     "ln_1.*":             "norm1.*",
-    "attn.q.*":           "attn.q.*",
-    "attn.k.*":           "attn.k.*",
-    "attn.v.*":           "attn.v.*",
+    **fused("attn.in_proj_weight", "attn.#.weight"),
+    **fused("attn.in_proj_bias",   "attn.#.bias"),
     "attn.out_proj.*":    "attn.out.*",
     "ln_2.*":             "norm2.*",
     "mlp.c_fc.*":         "mlp.fc1.*",
@@ -105,8 +104,7 @@ def unfused(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = {}
     for name, tensor in checkpoint.items():
         if ".attn.in_proj_" in name:
-            for part, third in thirds(name, tensor).items():
-                tensors[name.replace("in_proj_", f"{part}.")] = third
+            tensors |= thirds(name, tensor)
         elif name in ("visual.proj", "text_projection"):
             tensors[f"{name}.T"] = tensor.T
         else:
@@ -127,22 +125,21 @@ def load_clip(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[CLIP, CLIPTokenizer]:
     """Both towers, frozen, and their tokenizer. Raises UserError, which says where to get it, for what is missing or damaged."""
-    path, words = _wanted(folder, FILES), _wanted(folder, WORDS)
+    path, words = clip_files(folder)
     tokenizer = CLIPTokenizer(words, cfg.text.vocab_size)
     with torch.device("meta"):
         model = CLIP(cfg)
-    try:  # no name for the checkpoint: load_into frees it tensor by tensor
+    with naming(path, "is not the CLIP that was expected"):  # no name for the checkpoint: load_into frees it
         load_layout(model, read_checkpoint(path), CLIPS, dtype=dtype, device=device)
-    except UserError as error:
-        told = str(error)
-        raise UserError(
-            told if told.startswith(str(path)) else f"{path} is not the CLIP that was expected: {told}"
-        ) from None
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _wanted(folder: Path, names: tuple[str, ...]) -> Path:
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{folder / names[0]} is missing: {source_of(FOLDER.name)} into {folder}")
+def clip_files(folder: Path = FOLDER) -> tuple[Path, Path]:
+    """-> the tensors and the merges. Raises UserError, which says where to get it, for what is missing."""
+    found = []
+    for names in (FILES, WORDS):
+        path = find(folder, *names)
+        if path is None:
+            raise UserError(f"{folder / names[0]} is missing: {source_of(FOLDER.name)} into {folder}")
+        found.append(path)
+    return found[0], found[1]

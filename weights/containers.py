@@ -46,7 +46,7 @@ INERT = [
     )
 ]
 # Where the tensors are, if not at the top: Lightning, LAVIS, and the classes that UniFashion's authors save under their names
-WRAPPERS = ("state_dict", "model", "Blip2QformerCirCls", "Blip2QformerCirRerank", "Blip2QformerCirFull")
+WRAPPERS = ("state_dict", "model", "Blip2QformerCirCls", "Blip2QformerCirRerank")
 # How a download that went wrong begins
 NO_CHECKPOINTS = {
     rb"$": "empty: the download did not begin",
@@ -69,8 +69,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'is not a file' if os.path.exists(path) else 'no such file'}")
-    _check_beginning(path)
     try:
+        _check_beginning(path)
         if path.suffix == ".safetensors":
             return load_file(path)
         zipped = zipfile.is_zipfile(path)
@@ -80,9 +80,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     except Exception as error:  # bytes that are cut anywhere fail in a dozen ways
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
             raise _refusal(path, asked[1]) from None
+        if "Cannot allocate memory" in str(error):  # Linux maps no file that is larger than memory and swap
+            size = os.path.getsize(path) / 1e9
+            raise UserError(f"{path}: there is too little memory to map its {size:.1f} GB") from None
         raise UserError(f"{path}: damaged, cut short, or not a checkpoint ({_reason(error)})") from None
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -110,9 +115,12 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
 def shards_of(folder: Path) -> list[Path]:
     """
-    model.safetensors, or model-00001-of-00003.safetensors and so on, or the like: STEMS and ENDINGS, the first that is there.
-    Raises UserError if there is none, or if one of several is missing.
+    model.safetensors, or model-00001-of-00003.safetensors and so on, or the like: STEMS and ENDINGS, the first that is whole.
+    Raises UserError if there is none, which says what one of several misses.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing, or not a folder")
+    missing: list[str] = []
     for stem in STEMS:
         for ending in ENDINGS:
             if (whole := folder / f"{stem}.{ending}").is_file():
@@ -122,9 +130,12 @@ def shards_of(folder: Path) -> list[Path]:
             if counts:
                 n = max(counts)
                 names = [f"{stem}-{i:05}-of-{n}.{ending}" for i in range(1, int(n) + 1)]
-                if missing := [name for name in names if not (folder / name).is_file()]:
-                    raise UserError(f"{folder / missing[0]} is missing")
-                return [folder / name for name in names]
+                lost = [name for name in names if not (folder / name).is_file()]
+                if not lost:
+                    return [folder / name for name in names]
+                missing += lost
+    if missing:
+        raise UserError(f"{folder / missing[0]} is missing")
     raise UserError(f"{folder} holds no weights: neither model*.safetensors nor pytorch_model*.bin")
 
 
@@ -179,6 +190,8 @@ class _Modules(pickle.Unpickler):
     def __init__(self, path: Path, reader: "torch._C.PyTorchFileReader") -> None:
         super().__init__(io.BytesIO(reader.get_record("data.pkl")))
         self.path, self.reader = path, reader
+        with zipfile.ZipFile(path) as file:  # its names begin with the archive's own
+            self.sizes = {x.filename.partition("/")[2]: x.file_size for x in file.infolist()}
         self.whole = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
 
     def find_class(self, module: str, name: str) -> Callable | torch.dtype:
@@ -187,7 +200,7 @@ class _Modules(pickle.Unpickler):
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
+            return _Rebuild()
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch.jit._pickle":  # lists of numbers
@@ -198,13 +211,21 @@ class _Modules(pickle.Unpickler):
         """("storage", its type, its record's name, device, numbers) -> the record as a flat tensor."""
         _, dtype, record, _, n = known
         start, size = self.reader.get_record_offset(f"data/{record}"), n * dtype.itemsize
-        if start + size > self.whole.nbytes():
+        if size != self.sizes[f"data/{record}"]:
             raise UserError(f"{self.path}: damaged, cut short, or not a checkpoint (record {record})")
         return torch.empty(0, dtype=dtype).set_(self.whole[start : start + size])
 
 
-def _tensor(flat: Tensor, offset: int, size: tuple, stride: tuple, *rest: object) -> Tensor:
-    return flat.as_strided(size, stride, offset)
+class _Rebuild:
+    """A flat record -> the tensor. Not a function: a pickle could set its attributes."""
+
+    __slots__ = ()
+
+    def __call__(self, flat: Tensor, offset: int, size: tuple, stride: tuple, *rest: object) -> Tensor:
+        return flat.as_strided(size, stride, offset)
+
+    def __setstate__(self, state: object) -> None:
+        raise ValueError("a tensor has no state")
 
 
 def _read_torchscript(path: Path) -> dict[str, Tensor]:

@@ -7,8 +7,6 @@
 What sees the garment, image tower and exemplar, is in both under the same names; diffusers has it in a file of its own.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,9 +18,9 @@ from unifashion.exemplar import Exemplar
 from unifashion.stableviton import PUBLISHED, StableVITON
 from weights.clip import HF_IMAGE
 from weights.containers import read_checkpoint, read_folder
-from weights.files import source_of
+from weights.files import find, source_of
 from weights.garment import NETWORKS, SCHEDULE, with_control_convs
-from weights.rename import Table, load_into, load_layout, thirds, under
+from weights.rename import Table, fused, load_into, load_layout, naming, thirds, under
 from weights.unet import PREFIX, UNET, UNETS
 from weights.vae import VAE, VAES
 
@@ -30,9 +28,8 @@ from weights.vae import VAE, VAES
 BLOCK: Table = {  # as `unfused` leaves it
     # original            ours
     "ln_1.*":             "norm1.*",
-    "attn.q.*":           "attn.q.*",
-    "attn.k.*":           "attn.k.*",
-    "attn.v.*":           "attn.v.*",
+    **fused("attn.c_qkv.weight", "attn.#.weight"),
+    **fused("attn.c_qkv.bias",   "attn.#.bias"),
     "attn.c_proj.*":      "attn.out.*",
     "ln_2.*":             "norm2.*",
     "mlp.c_fc.*":         "mlp.fc1.*",
@@ -81,6 +78,9 @@ FILES = {  # name of the model: its file, and the table that reads it
 }
 
 
+PARTS = ("unet", "vae", "image_encoder")  # diffusers' folders
+
+
 def unfused(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
     """CompVis' tensors with c_qkv as q, k and v, which it holds one after the other, since there is one head.
 
@@ -89,10 +89,23 @@ def unfused(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = {}
     for name, tensor in checkpoint.items():
         if ".attn.c_qkv." in name:
-            tensors |= {name.replace("c_qkv", part): third for part, third in thirds(name, tensor).items()}
+            tensors |= thirds(name, tensor)
         else:
             tensors[name] = tensor
     return tensors
+
+
+def published_file(name: str, folder: Path) -> Path:
+    """Its file in `folder`, or of Paint-by-Example the folder of diffusers' three. Raises UserError, which says where to get it."""
+    file, _ = FILES[name]
+    path = find(folder, file)
+    if path is None and name == "paint-by-example" and (folder / name / PARTS[0]).is_dir():
+        if missing := [part for part in PARTS if not (folder / name / part).is_dir()]:
+            raise UserError(f"{folder / name / missing[0]} is missing: {source_of(name)}")
+        path = folder / name
+    if path is None:
+        raise UserError(f"{folder / file} is missing: {source_of(file)}")
+    return path
 
 
 def load_published(
@@ -106,19 +119,16 @@ def load_published(
 
     Raises UserError, which says where to get it, for a file that is missing, and for one that is damaged or another model's.
     """
-    file, table = FILES[name]
-    path = folder / file
-    if not path.is_file():  # or what `weights.convert` has made of it
-        path = path.with_suffix(".safetensors")
+    path, table = published_file(name, folder), FILES[name][1]
     with torch.device("meta"):
         model = StableVITON(PUBLISHED[name])
-    if path.is_file():
-        with _naming(path, name):  # no name for the checkpoint: load_into frees it tensor by tensor
-            load_into(model, as_ours(read_checkpoint(path), model), table, dtype, device)
-    elif name == "paint-by-example" and (path.parent / "unet").is_dir():
-        _load_diffusers(path.parent, model, dtype, device)
+    if path.is_dir():
+        _load_diffusers(path, model, dtype, device)
     else:
-        raise UserError(f"{folder / file} is missing: {source_of(file)}")
+        with naming(
+            path, f"is not {name}"
+        ):  # no name for the checkpoint: load_into frees it tensor by tensor
+            load_into(model, as_ours(read_checkpoint(path), model), table, dtype, device)
     if model.cfg.dresses and model.garment.untrained:
         raise UserError(
             f"{path} is not {name}: its garment encoder is untrained, as in VITONHD_PBE_pose.ckpt"
@@ -133,21 +143,13 @@ def as_ours(checkpoint: dict[str, Tensor], model: StableVITON) -> dict[str, Tens
 
 
 def _load_diffusers(folder: Path, model: StableVITON, dtype: torch.dtype, device: str | torch.device) -> None:
+    otherwise = "is not paint-by-example"
     for part, module, layouts in (("unet", model.unet, UNETS), ("vae", model.vae, VAES)):
-        with _naming(folder / part, "paint-by-example"):
+        with naming(folder / part, otherwise):
             load_layout(module, read_folder(folder / part), layouts, dtype, device)
     part = folder / "image_encoder"
-    with _naming(part, "paint-by-example"):
+    with naming(part, otherwise):
         model.null_context = load_image_encoder(part, model.image, model.exemplar, dtype, device)
-
-
-@contextmanager
-def _naming(path: Path, name: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        told = str(error)
-        raise UserError(told if told.startswith(str(path)) else f"{path} is not {name}: {told}") from None
 
 
 def load_image_encoder(

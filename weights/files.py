@@ -1,5 +1,6 @@
 """The published files: where each is from, how large, under what licence, and what it is for. weights/README.md tells it."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
@@ -104,7 +105,7 @@ FILES = {
 
 BLIP2 = ("eva_vit_g.pth", "blip2_pretrained.pth", "bert_vocab.txt")
 BLIP2_PORT = ("blip2-itm-vit-g/", "bert_vocab.txt")
-# What the files are for: any of these sets will do, the first is the smallest download
+# What the files are for: any of these sets will do
 USES = {
     "infer.py index, search --model blip2": (BLIP2, BLIP2_PORT),
     "infer.py caption --model llava": (
@@ -113,16 +114,25 @@ USES = {
     ),
     "infer.py tryon --model stableviton": (("VITONHD.ckpt",),),
     "infer.py tryon --model paint-by-example": (("paint-by-example/",),),
-    "training of all of UniFashion, and its use": tuple(
+    "training of all of UniFashion": tuple(
         (*blip2, llm, tryon, *vae)
         for blip2 in (BLIP2, BLIP2_PORT)
-        for vae in (("VITONHD_VAE_finetuning.ckpt",), ())
+        for vae in ((), ("VITONHD_VAE_finetuning.ckpt",))
         for tryon in ("VITONHD_PBE_pose.ckpt", "VITONHD.ckpt")
         for llm in ("vicuna-7b-v1.5/", "llava-v1.5-7b/", "llava-1.5-7b-hf/")
     ),
     "CLIP-S of eval.generation": (("clip-vit-large-patch14/",),),
     "FID and KID of eval.generation": (("pt_inception-2015-12-05-6726825d.pth",),),
 }
+
+
+def find(folder: Path, *names: str) -> Path | None:
+    """The first of `names` that is in `folder`, or what `weights.convert` has made of it; None if none is."""
+    for name in names:
+        for path in (folder / name, (folder / name).with_suffix(".safetensors")):
+            if path.exists():
+                return path
+    return None
 
 
 def source_of(name: str) -> str:

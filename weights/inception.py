@@ -11,8 +11,8 @@ from torch import nn
 
 from unifashion import UserError
 from weights.containers import read_checkpoint
-from weights.files import source_of
-from weights.rename import Table, load_into, under
+from weights.files import find, source_of
+from weights.rename import Table, load_into, naming, under
 
 HERE = Path(__file__).parent
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
@@ -115,13 +115,8 @@ def load_inception(network: nn.Module, folder: Path = HERE / "files") -> None:
 
     Raises UserError, in one line, if there is none, which says where to get it, and if it is damaged or another network's.
     """
-    path = next((folder / name for name in FILES if (folder / name).exists()), None)
+    path = find(folder, *FILES)
     if path is None:
         raise UserError(f"{folder / FILES[0]} is missing: FID and KID need it, {source_of(FILES[0])}")
-    try:
+    with naming(path, "is not FID's Inception"):
         load_into(network, read_checkpoint(path), INCEPTION)
-    except UserError as error:
-        told = str(error)
-        raise UserError(
-            told if told.startswith(str(path)) else f"{path} is not FID's Inception: {told}"
-        ) from None

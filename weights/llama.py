@@ -1,6 +1,5 @@
 """Llama in Hugging Face's layout, Vicuna-7B v1.5 or LLaVA-1.5's language model -> `unifashion.llama.Llama`."""
 
-import sys
 from functools import partial
 
 from weights.rename import Checkpoint, Layout, Layouts, Table, under
@@ -66,12 +65,9 @@ def llamas(vocab_size: int) -> Layouts:
 
 
 def without_appended(vocab_size: int, checkpoint: Checkpoint) -> Checkpoint:
-    """An embedding of 32064 rows, and such a head, cut to the 32000 of the tokenizer, with a note on stderr."""
-    tensors = {**checkpoint}
-    for name, x in checkpoint.items():
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")) and len(x) == vocab_size + APPENDED:
-            print(
-                f"note: {name} cut from {len(x)} rows to {vocab_size}: the rest is untrained", file=sys.stderr
-            )
-            tensors[name] = x[:vocab_size]
-    return tensors
+    """An embedding of 32064 rows, and such a head, cut to the 32000 of the tokenizer: views."""
+    rows, ends = (vocab_size + APPENDED,), ("embed_tokens.weight", "lm_head.weight")
+    return {
+        name: x[:vocab_size] if name.endswith(ends) and x.shape[:1] == rows else x
+        for name, x in checkpoint.items()
+    }

@@ -17,10 +17,10 @@ from unifashion.llava import LLaVA
 from unifashion.tokenizers import SentencePiece
 from weights.clip import HF_IMAGE
 from weights.containers import read_checkpoint, read_folder, shards_of
-from weights.files import source_of
+from weights.files import find, source_of
 from weights.llama import BODY, HEAD, without_appended
 from weights.load import folder_of
-from weights.rename import Layout, Layouts, Table, load_into, load_layout, under
+from weights.rename import Layout, Layouts, Table, load_into, load_layout, naming, under
 
 # fmt: off
 HF: Table = {
@@ -38,6 +38,10 @@ HF_5: Table = {
     "model.multi_modal_projector.linear_2.*":   "projector.fc2.*",
     **under("model.language_model.",            "llama.", BODY),
     **under("",                                 "llama.", HEAD),
+}
+
+HF_4_52: Table = {  # transformers 4.52 and a while after
+    row.replace("model.vision_tower.", "model.vision_tower.vision_model."): ours for row, ours in HF_5.items()
 }
 
 ORIGINAL: Table = {  # all but the image tower
@@ -68,6 +72,7 @@ def llavas(vocab_size: int) -> Layouts:
     return {
         "vision_tower.vision_model.embeddings.class_embedding": Layout(HF, cut),
         "model.vision_tower.embeddings.class_embedding": Layout(HF_5, cut),
+        "model.vision_tower.vision_model.embeddings.class_embedding": Layout(HF_4_52, cut),
     }
 
 
@@ -84,14 +89,7 @@ def llava_files(folder: Path | None = None) -> tuple[Path, list[Path]]:
         raise UserError(f"{folder / name} is missing: {source_of(name)}")
     files = shards_of(place)
     if place.name == FOLDERS[1]:
-        tower = next(
-            (
-                folder / TOWER_FOLDER / name
-                for name in TOWER_FILES
-                if (folder / TOWER_FOLDER / name).is_file()
-            ),
-            None,
-        )
+        tower = find(folder / TOWER_FOLDER, *TOWER_FILES)
         if tower is None:
             raise UserError(
                 f"{folder / TOWER_FOLDER / TOWER_FILES[1]} is missing: {place.name} has no image tower of its own, "
@@ -113,21 +111,16 @@ def load_llava(
     place, files = llava_files(folder)
     with torch.device("meta"):
         model = LLaVA(llava.LLAVA_7B)
-    rows, at = model.cfg.llama.vocab_size, place
-    try:  # no names for the checkpoints: load_into frees them tensor by tensor
+    rows, otherwise = model.cfg.llama.vocab_size, "is not the LLaVA-1.5-7B that was expected"
+    with naming(place, otherwise):  # no names for the checkpoints: load_into frees them tensor by tensor
         if place.name == FOLDERS[0]:
             load_layout(model, read_folder(place), llavas(rows), dtype=dtype, device=device)
         else:
             rest = nn.ModuleDict({"projector": model.projector, "llama": model.llama})
             load_into(rest, without_appended(rows, read_folder(place)), ORIGINAL, dtype=dtype, device=device)
-            at = files[-1]
-            load_into(model.image, read_checkpoint(at), TOWER, dtype=dtype, device=device)
-    except UserError as error:
-        told = str(error)
-        expected = "the CLIP" if at != place else "the LLaVA-1.5-7B"
-        raise UserError(
-            told if told.startswith(str(at)) else f"{at} is not {expected} that was expected: {told}"
-        ) from None
+    if place.name != FOLDERS[0]:
+        with naming(files[-1], "is not the CLIP that was expected"):
+            load_into(model.image, read_checkpoint(files[-1]), TOWER, dtype=dtype, device=device)
     return model.eval().requires_grad_(False)
 
 

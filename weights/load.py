@@ -10,8 +10,7 @@ that draws needs no files of the LLM, one that writes none of the U-Net (`UniFas
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -25,11 +24,11 @@ from unifashion.model import HALVES, UniFashion
 from unifashion.runs import part_of
 from unifashion.tokenizers import SentencePiece, WordPiece
 from weights.containers import read_checkpoint, read_folder
-from weights.files import source_of
+from weights.files import find, source_of
 from weights.garment import STABLEVITON, load_stableviton
 from weights.llama import llamas
 from weights.qformer import QFORMERS, VITS
-from weights.rename import Layout, Layouts, load_into, load_layout, only
+from weights.rename import Layout, Layouts, load_into, load_layout, naming, only
 from weights.vae import VAES
 
 HERE = Path(__file__).parent
@@ -39,8 +38,8 @@ LEARNED = {"tiny": "model.safetensors", "full": "unifashion/model.safetensors"}
 PUBLIC_PARTS = {"tiny": ("vit", "vae", "llama"), "full": ("vit", "vae", "qformer", "llama")}
 
 EVA, BLIP2, VOCAB = "eva_vit_g.pth", "blip2_pretrained.pth", "bert_vocab.txt"
-# Both of these hold ViT and Q-Former: Hugging Face's port of the two above, and what UniFashion's own scripts save
-BLIP2_PORT, OFFICIAL = "blip2-itm-vit-g", "tuned_clip_best.pt"
+# These hold ViT and Q-Former: Hugging Face's port of the two above, and what UniFashion's own scripts save
+BLIP2_WHOLE = ("blip2-itm-vit-g", "tuned_clip_best.pt")
 # The first that is there: PBE_pose is what StableVITON's own training started from.
 TRYON = ("VITONHD_PBE_pose.ckpt", "VITONHD.ckpt")
 TRYON_VAE = "VITONHD_VAE_finetuning.ckpt"  # without it, the VAE inside TRYON
@@ -65,11 +64,9 @@ def default_preset(folder: Path | None = None) -> str:
 
 
 def wanted(preset: str, folder: Path, *names: str) -> Path:
-    """The first of `names` that is in `folder`, or what `weights.convert` has made of it. Raises UserError, which says where to get it, if none is."""
-    for name in names:
-        for path in (folder / name, (folder / name).with_suffix(".safetensors")):
-            if path.exists():
-                return path
+    """The first of `names` that is in `folder` (`find`). Raises UserError, which says where to get it, if none is."""
+    if path := find(folder, *names):
+        return path
     source = "it is part of the repository, where weights/tiny/README.md says how it was made"
     if preset == "full":
         source = f"{source_of(names[0])} (or say --preset tiny, which needs no download)"
@@ -139,7 +136,7 @@ def load_public(
     if preset == "tiny":
         model = UniFashion(PRESETS[preset], draws, writes).to(device, dtype)
     if path:
-        with _naming(path, preset):
+        with naming(path, f"does not fit the preset {preset}"):
             model.null_context = load_stableviton(path, model.unet, model.garment, model.vae, dtype, device)
     if preset == "full":
         for name in ("image_adapter", "style_adapter", "text_adapter"):  # ours, in no public file
@@ -189,14 +186,14 @@ def load_unifashion(
     del learned
     if draws:
         parts.register_parameter("null_context", model.null_context)
-    with _naming(path, preset):
+    with naming(path, f"does not fit the preset {preset}"):
         load_into(parts, own, {"*": "*"}, dtype=dtype, device=device)
     if draws:
         model.null_context = parts.null_context
     _fill(model, files, preset, device, dtype, dtype)
     if writes:
         lora.inject(model.llama, model.cfg.lora)
-        with _naming(path, preset):
+        with naming(path, f"does not fit the preset {preset}"):
             lora.load_adapter(model.llama, adapter)
         lora.merge(model.llama)
     return model.eval().requires_grad_(False)
@@ -259,12 +256,17 @@ def _public_files(preset: str, folder: Path, parts: Iterable[str]) -> dict[str, 
     """{part: its file or folder}; what is missing is told before gigabytes of the rest are read."""
     if preset == "tiny":
         return {part: wanted(preset, folder, f"{part}.safetensors") for part in parts}
-    choices = {
-        "vit": (EVA, BLIP2_PORT, OFFICIAL),
-        "qformer": (BLIP2, BLIP2_PORT, OFFICIAL),
-        "vae": (TRYON_VAE, *TRYON),
-        "llama": LLMS,
-    }
+    parts = list(parts)
+    # ViT and Q-Former from one place, the first that has what is needed of them
+    places = [
+        {part: place[part] for part in place if part in parts}
+        for place in (
+            {"vit": EVA, "qformer": BLIP2},
+            *(dict.fromkeys(("vit", "qformer"), x) for x in BLIP2_WHOLE),
+        )
+    ]
+    blip2 = next((x for x in places if all(find(folder, name) for name in x.values())), places[0])
+    choices = {part: (name,) for part, name in blip2.items()} | {"vae": (TRYON_VAE, *TRYON), "llama": LLMS}
     return {part: wanted(preset, folder, *choices[part]) for part in parts}
 
 
@@ -281,20 +283,10 @@ def _fill(
     for part, path in files.items():
         module, to = getattr(model, part), llm_dtype if part == "llama" else dtype
         read = read_folder if path.is_dir() else read_checkpoint
-        with _naming(path, preset):  # no name for the checkpoint: load_into frees it tensor by tensor
+        with naming(
+            path, f"does not fit the preset {preset}"
+        ):  # no name for the checkpoint: load_into frees it tensor by tensor
             if preset == "tiny":
                 load_into(module, read(path), {"*": "*"}, dtype=to, device=device)
             else:
                 load_layout(module, read(path), layouts[part], dtype=to, device=device)
-
-
-@contextmanager
-def _naming(path: Path, preset: str) -> Iterator[None]:
-    """What is wrong with the tensors of a file gets the file's name, if it has not got it."""
-    try:
-        yield
-    except UserError as error:
-        told = str(error)
-        raise UserError(
-            told if told.startswith(str(path)) else f"{path} does not fit the preset {preset}: {told}"
-        ) from None

@@ -53,7 +53,7 @@ QFORMER: Table = {
     "itm_head.*":                                      "itm_head.*",
     "temp":                                            "temp",
     "Qformer.bert.embeddings.position_ids":            None,  # 0, 1, 2, ... as a tensor
-    "Qformer.cls.*":                                   None,  # BERT's language head: UniFashion's captions are the LLM's
+    "Qformer.cls.predictions.*":                       None,  # BERT's language head: UniFashion's captions are the LLM's
 }
 
 HF_BLIP2: Table = {

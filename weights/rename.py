@@ -15,8 +15,10 @@ what the module has, name for name and shape for shape.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -52,11 +54,16 @@ def only(our_prefix: str, rows: Table) -> Table:
     }
 
 
-def thirds(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A fused projection (3 dim, ...) -> views of its q, k and v. Raises UserError, with its name, if it has no thirds."""
+def fused(original: str, ours: str) -> Table:
+    """The rows of what `thirds` makes of one tensor; # in `ours` stands for q, k and v."""
+    return {f"{original}[{part}]": ours.replace("#", part) for part in "qkv"}
+
+
+def thirds(name: str, tensor: Tensor) -> Checkpoint:
+    """A fused projection (3 dim, ...) -> NAME[q], NAME[k], NAME[v], views. Raises UserError if it has no thirds."""
     if not tensor.ndim or len(tensor) % 3:
         raise UserError(f"{name}: shape {tuple(tensor.shape)} does not divide into q, k and v")
-    return dict(zip("qkv", tensor.chunk(3), strict=True))
+    return {f"{name}[{part}]": third for part, third in zip("qkv", tensor.chunk(3), strict=True)}
 
 
 def rename(checkpoint: dict[str, Tensor], table: Table) -> dict[str, Tensor]:
@@ -90,9 +97,8 @@ def load_into(
     wanted = module.state_dict()
     if missing := [name for name in wanted if name not in originals]:
         ours, shape = missing[0], tuple(wanted[missing[0]].shape)
-        raise UserError(
-            f"the checkpoint lacks {_origin(ours, table)}, for {ours} {shape}{_and_more(missing)}"
-        )
+        lacks = _origin(ours, table, set(checkpoint))
+        raise UserError(f"the checkpoint lacks {lacks}, for {ours} {shape}{_and_more(missing)}")
     _refuse_dead(dead)
     if extra := [original for ours, original in originals.items() if ours not in wanted]:
         raise UserError(f"{extra[0]}: the model has no such layer{_and_more(extra)}")
@@ -141,6 +147,16 @@ def layout_of(checkpoint: Checkpoint, layouts: Layouts) -> Layout:
     raise UserError(f"its names ({first}, ...) are of no layout that is known here: none of {known} is there")
 
 
+@contextmanager
+def naming(path: Path, otherwise: str) -> Iterator[None]:
+    """What is wrong with the tensors of a file gets the file's name, and `otherwise`, if it does not begin with it."""
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        raise UserError(told if told.startswith(str(path)) else f"{path} {otherwise}: {told}") from None
+
+
 def _match(names: list[str], table: Table) -> tuple[dict[str, str], list[str]]:
     """-> {our name: original name}, one for one, and the rows that nothing in the file has the name of."""
     ignored = [_Row(row, None) for row, ours in table.items() if ours is None]
@@ -168,12 +184,13 @@ def _refuse_dead(rows: list[str]) -> None:
         raise UserError(f"{rows[0]}: nothing in the checkpoint has the name of this row{_and_more(rows)}")
 
 
-def _origin(name: str, table: Table) -> str:
-    """The original of our `name`: the first row that would give it, read backwards."""
-    for row, ours in table.items():
-        if ours is not None and (match := _pattern(ours).fullmatch(name)):
-            return _fill(row, match)
-    return "what no row of the table names"
+def _origin(name: str, table: Table, there: set[str]) -> str:
+    """The original of our `name`: a row that would give it, read backwards; of several one whose place `there` is not empty."""
+    rows = [(row, _pattern(ours).fullmatch(name)) for row, ours in table.items() if ours is not None]
+    found = [_fill(row, match) for row, match in rows if match]
+    places = {other.rpartition(".")[0] for other in there}
+    near = [original for original in found if original.rpartition(".")[0] in places]
+    return (near or found or ["what no row of the table names"])[0]
 
 
 class _Row:

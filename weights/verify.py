@@ -3,12 +3,13 @@
     python -m weights.verify
     python -m weights.verify DIR
 
-Of each file its size, its sha256 where that is published, and whether every tensor has a name and a shape that our network of
-full size has a place for: no number is loaded for that (but eva_vit_g.pth is read: files of its kind cannot be mapped). Exit
-code 2 if a file is damaged or another one.
+Of each file its size; its sha256 where that is published, or else, of torch's zip files, their own checksums; and whether every
+tensor has a name and a shape that our network of full size has a place for (of Inception the names): no number is loaded for that
+(but eva_vit_g.pth is read: files of its kind cannot be mapped). Exit code 2 if a file is damaged or another one.
 """
 
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from unifashion import Parser, UserError
-from unifashion.clip import CLIP, L14, L14_336
+from unifashion.clip import CLIP, L14, L14_336, ImageTower
 from unifashion.config import FULL
 from unifashion.llama import Llama
 from unifashion.llava import LLAVA_7B, LLaVA
@@ -27,140 +28,174 @@ from unifashion.tokenizers import SentencePiece, WordPiece
 from unifashion.unet import UNet
 from unifashion.vae import VAE
 from unifashion.vit import ViT
-from weights import exemplar
-from weights.clip import CLIPS
+from weights import exemplar, inception, llava
+from weights.clip import CLIPS, clip_files
 from weights.containers import read_checkpoint, read_folder
-from weights.files import FILES, USES
-from weights.inception import INCEPTION
+from weights.files import FILES, USES, find
 from weights.llama import llamas
-from weights.llava import ORIGINAL, llavas
-from weights.load import folder_of, sha256
+from weights.load import check_finished, folder_of, learned_file, sha256
 from weights.qformer import QFORMERS, VITS
 from weights.rename import Checkpoint, Layouts, load_into, load_layout, rename
 from weights.unet import UNETS
 from weights.vae import VAES
 
 
-def fits(file: Checkpoint, make: Callable[[], nn.Module], layouts: Layouts) -> None:
+def opened(path: Path) -> Checkpoint:
+    """The tensors without their numbers."""
+    file = read_folder(path) if path.is_dir() else read_checkpoint(path)
+    return {key: torch.empty_like(x, device="meta") for key, x in file.items()}
+
+
+def blank(make: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
-        module = make()
-    load_layout(module, file, layouts)
+        return make()
 
 
-def blip2(file: Checkpoint) -> None:
-    fits(file, lambda: ViT(FULL.vit), VITS)
-    fits(file, lambda: QFormer(FULL.qformer), QFORMERS)
+def fits(path: Path, *parts: tuple[Callable[[], nn.Module], Layouts]) -> set[torch.dtype]:
+    """-> the types of the tensors. Raises UserError if the file is not what the parts want, each by its layouts."""
+    file = opened(path)
+    for make, layouts in parts:
+        load_layout(blank(make), file, layouts)
+    return {x.dtype for x in file.values()}
 
 
-def whole(name: str, file: Checkpoint) -> None:
-    _, table = exemplar.FILES[name]
+def blip2(path: Path) -> set[torch.dtype]:
+    return fits(path, (lambda: ViT(FULL.vit), VITS), (lambda: QFormer(FULL.qformer), QFORMERS))
+
+
+def llava_15(path: Path) -> set[torch.dtype]:
+    return fits(path, (lambda: LLaVA(LLAVA_7B), llava.llavas(FULL.llama.vocab_size))) | pieces(path)
+
+
+def liuhaotian(path: Path) -> set[torch.dtype]:
+    file, model = opened(path), blank(lambda: LLaVA(LLAVA_7B))
+    load_into(nn.ModuleDict({"projector": model.projector, "llama": model.llama}), file, llava.ORIGINAL)
+    return {x.dtype for x in file.values()} | pieces(path)
+
+
+def tower(path: Path) -> set[torch.dtype]:
+    file = opened(found(path, *llava.TOWER_FILES))
+    load_into(blank(lambda: ImageTower(L14_336.image)), file, llava.TOWER)
+    return {x.dtype for x in file.values()}
+
+
+def vicuna(path: Path) -> set[torch.dtype]:
+    return fits(path, (lambda: Llama(FULL.llama), llamas(FULL.llama.vocab_size))) | pieces(path)
+
+
+def pieces(folder: Path) -> set[torch.dtype]:
+    n, wanted = len(SentencePiece(found(folder, "tokenizer.model"))), FULL.llama.vocab_size
+    if n != wanted:
+        raise UserError(f"tokenizer.model has {n} pieces, not {wanted}")
+    return set()
+
+
+def words(path: Path) -> set[torch.dtype]:
+    n, wanted = len(WordPiece(path)), FULL.qformer.vocab_size
+    if n != wanted:
+        raise UserError(f"{path.name} has {n} pieces, not {wanted}")
+    return set()
+
+
+def whole(name: str, path: Path) -> set[torch.dtype]:
+    model, table = blank(lambda: StableVITON(PUBLISHED[name])), exemplar.FILES[name][1]
+    file = opened(path)
     with torch.device("meta"):
-        model = StableVITON(PUBLISHED[name])
-        file = exemplar.as_ours(file, model)
-    load_into(model, file, table)
+        load_into(model, exemplar.as_ours(file, model), table)
+    return {x.dtype for x in file.values()}
 
 
-def liuhaotian(file: Checkpoint) -> None:
-    with torch.device("meta"):
-        model = LLaVA(LLAVA_7B)
-    load_into(nn.ModuleDict({"projector": model.projector, "llama": model.llama}), file, ORIGINAL)
+def paint_by_example(path: Path) -> set[torch.dtype]:
+    name, model = path.name, blank(lambda: StableVITON(PUBLISHED["paint-by-example"]))
+    path = exemplar.published_file(name, path.parent)
+    if path.is_file():
+        return whole(name, path)
+    dtypes = fits(path / "unet", (lambda: UNet(PUBLISHED[name].unet), UNETS))
+    dtypes |= fits(path / "vae", (lambda: VAE(PUBLISHED[name].vae), VAES))
+    exemplar.load_image_encoder(path / "image_encoder", model.image, model.exemplar)
+    return dtypes
 
 
-def image_encoder(file: Checkpoint) -> None:
-    with torch.device("meta"):
-        model = StableVITON(PUBLISHED["paint-by-example"])
-    parts = nn.ModuleDict({"image": model.image, "exemplar": model.exemplar})
-    parts.register_parameter("null_context", model.null_context)
-    load_into(parts, file, exemplar.DIFFUSERS)
+def clip(path: Path) -> set[torch.dtype]:
+    return fits(clip_files(path)[0], (lambda: CLIP(L14), CLIPS))
 
 
-# A file, or a folder of shards, and who complains if it is not what it is named
-CHECKS: dict[str, Callable[[Checkpoint], object]] = {
-    "eva_vit_g.pth": lambda file: fits(file, lambda: ViT(FULL.vit), VITS),
-    "blip2_pretrained.pth": lambda file: fits(file, lambda: QFormer(FULL.qformer), QFORMERS),
+def inception_names(path: Path) -> set[torch.dtype]:
+    file = opened(path)
+    rename(file, inception.INCEPTION)
+    return {x.dtype for x in file.values()}
+
+
+def unifashion(path: Path) -> set[torch.dtype]:
+    path = learned_file("full", path.parent)
+    check_finished(path, opened(path), "full")
+    return set()
+
+
+def found(folder: Path, *names: str) -> Path:
+    path = find(folder, *names)
+    if path is None:
+        raise UserError(f"{names[-1]} is missing")
+    return path
+
+
+# Who complains if a file or folder is not what it is named, and tells its types
+CHECKS: dict[str, Callable[[Path], set[torch.dtype]]] = {
+    "eva_vit_g.pth": lambda path: fits(path, (lambda: ViT(FULL.vit), VITS)),
+    "blip2_pretrained.pth": lambda path: fits(path, (lambda: QFormer(FULL.qformer), QFORMERS)),
+    "bert_vocab.txt": words,
     "blip2-itm-vit-g/": blip2,
-    "tuned_clip_best.pt": blip2,
-    "llava-1.5-7b-hf/": lambda file: fits(file, lambda: LLaVA(LLAVA_7B), llavas(FULL.llama.vocab_size)),
+    "llava-1.5-7b-hf/": llava_15,
     "llava-v1.5-7b/": liuhaotian,
-    "clip-vit-large-patch14-336/": lambda file: fits(file, lambda: CLIP(L14_336), CLIPS),
-    "vicuna-7b-v1.5/": lambda file: fits(file, lambda: Llama(FULL.llama), llamas(FULL.llama.vocab_size)),
-    "VITONHD.ckpt": lambda file: whole("stableviton", file),
-    "VITONHD_PBE_pose.ckpt": lambda file: whole("stableviton", file),
-    "VITONHD_VAE_finetuning.ckpt": lambda file: fits(file, lambda: VAE(FULL.vae), VAES),
-    "paint-by-example/": lambda file: whole("paint-by-example", file),
-    "paint-by-example/unet/": lambda file: fits(
-        file, lambda: UNet(PUBLISHED["paint-by-example"].unet), UNETS
-    ),
-    "paint-by-example/vae/": lambda file: fits(file, lambda: VAE(FULL.vae), VAES),
-    "paint-by-example/image_encoder/": image_encoder,
-    "clip-vit-large-patch14/": lambda file: fits(file, lambda: CLIP(L14), CLIPS),
-    "pt_inception-2015-12-05-6726825d.pth": lambda file: rename(file, INCEPTION),
+    "clip-vit-large-patch14-336/": tower,
+    "vicuna-7b-v1.5/": vicuna,
+    "VITONHD.ckpt": lambda path: whole("stableviton", path),
+    "VITONHD_PBE_pose.ckpt": lambda path: whole("stableviton", path),
+    "VITONHD_VAE_finetuning.ckpt": lambda path: fits(path, (lambda: VAE(FULL.vae), VAES)),
+    "paint-by-example/": paint_by_example,
+    "clip-vit-large-patch14/": clip,
+    "pt_inception-2015-12-05-6726825d.pth": inception_names,
+    "tuned_clip_best.pt": blip2,
+    "unifashion/": unifashion,
 }
-# A text of pieces: how it is read, and how many there are
-PIECES = {
-    "bert_vocab.txt": (WordPiece, lambda: FULL.qformer.vocab_size),
-    "vicuna-7b-v1.5/tokenizer.model": (SentencePiece, lambda: FULL.llama.vocab_size),
-    "llava-v1.5-7b/tokenizer.model": (SentencePiece, lambda: FULL.llama.vocab_size),
-    "llava-1.5-7b-hf/tokenizer.model": (SentencePiece, lambda: FULL.llama.vocab_size),
-}
+# Another name that the same may have
+ALSO = {"pt_inception-2015-12-05-6726825d.pth": inception.FILES}
 
 
-def place_of(folder: Path, name: str) -> Path | None:
-    """Where the file or folder `name` is, or what `weights.convert` has made of it; None if it is not there."""
-    for path in (folder / name, (folder / name).with_suffix(".safetensors")):
-        if path.is_dir() if name.endswith("/") else path.is_file():
-            return path
-    return None
+def files_of(path: Path) -> list[Path]:
+    return sorted(x for x in path.rglob("*") if x.is_file()) if path.is_dir() else [path]
 
 
-def parts_of(folder: Path, name: str) -> list[str]:
-    """What there is to check of `name`: itself, its tokenizer, or diffusers' three folders."""
-    parts = [part for part in CHECKS if part.startswith(name) and part != name and (folder / part).is_dir()]
-    words = [part for part in PIECES if part.startswith(name)]
-    return parts or [*[part for part in (name,) if part in CHECKS], *words]
-
-
-def check(folder: Path, name: str) -> None:
-    """Raise UserError for a part of `name`, which is there, that is missing, damaged, or not what it is named."""
-    for part in parts_of(folder, name):
-        path = place_of(folder, part)
-        if path is None:
-            raise UserError(f"{part} is missing")
-        if part in PIECES:
-            read, wanted = PIECES[part]
-            if len(read(path)) != wanted():
-                raise UserError(f"{part} has {len(read(path))} pieces, not {wanted()}")
-            continue
-        file = read_folder(path) if path.is_dir() else read_checkpoint(path)
-        file = {key: torch.empty_like(x, device="meta") for key, x in file.items()}
-        CHECKS[part](file)
-
-
-def size_of(path: Path) -> int:
-    files = [x for x in path.rglob("*") if x.is_file()] if path.is_dir() else [path]
-    return sum(x.stat().st_size for x in files)
+def check_sums(path: Path) -> None:
+    """Raise UserError for a zip file, as torch writes them, whose records are not what their checksums say."""
+    for file in files_of(path):
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as records:
+                if bad := records.testzip():
+                    raise UserError(f"{file}: damaged: its record {bad} is not what its checksum says")
 
 
 def look(folder: Path, name: str) -> tuple[bool, str]:
     """-> whether `name` is there and good, and a line about it."""
-    path, known = place_of(folder, name), FILES[name]
+    path, known = find(folder, *ALSO.get(name, (name,))), FILES[name]
     if path is None:
         return False, f"missing      {known.source}"
-    size = size_of(path)
-    told = [f"{size:,} bytes"]
-    converted = path.suffix != (folder / name).suffix
     try:
-        if known.exact and not converted and size != known.size:
-            raise UserError(f"{size:,} bytes, not {known.size:,}: cut short, or another file")
-        check(folder, name)
-    except UserError as error:
+        size = sum(file.stat().st_size for file in files_of(path))
+        told = [f"{size:,} bytes"]
+        dtypes = CHECKS[name](path)
+        if dtypes:
+            told.append(f"fits ({', '.join(sorted(str(x).removeprefix('torch.') for x in dtypes))})")
+        if path.name == name and known.sha256 and size == known.size:
+            if sha256(path) != known.sha256:
+                raise UserError("its sha256 is not the published one: damaged, or another file")
+            told.append("sha256 as published")
+        else:
+            check_sums(path)
+            if path.name != name.rstrip("/") or (known.exact and size != known.size):
+                told.append(f"another edition than the published one of {known.size:,} bytes")
+    except (UserError, OSError) as error:
         return False, f"NOT GOOD     {' '.join(str(error).splitlines())}"
-    if known.sha256 and not converted:
-        if sha256(path) != known.sha256:
-            return False, "NOT GOOD     its sha256 is not the published one: damaged, or another file"
-        told.append("sha256 as published")
-    if name in CHECKS:
-        told.append("names and shapes fit")
     return True, f"good         {', '.join(told)}"
 
 

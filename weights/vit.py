@@ -31,8 +31,8 @@ HF_VIT: Table = {  # as `without_key_bias` leaves it
     "embeddings.patch_embedding.*":           "patch_embed.*",
     "encoder.layers.#.layer_norm1.*":         "blocks.#.norm1.*",
     "encoder.layers.#.self_attn.qkv.weight":  "blocks.#.attn.qkv.weight",
-    "encoder.layers.#.self_attn.qkv.q_bias":  "blocks.#.attn.q_bias",
-    "encoder.layers.#.self_attn.qkv.v_bias":  "blocks.#.attn.v_bias",
+    "encoder.layers.#.self_attn.qkv.bias[q]": "blocks.#.attn.q_bias",
+    "encoder.layers.#.self_attn.qkv.bias[v]": "blocks.#.attn.v_bias",
     "encoder.layers.#.self_attn.projection.*": "blocks.#.attn.proj.*",
     "encoder.layers.#.layer_norm2.*":         "blocks.#.norm2.*",
     "encoder.layers.#.mlp.fc1.*":             "blocks.#.mlp.0.*",
@@ -48,8 +48,9 @@ def without_key_bias(checkpoint: Checkpoint) -> Checkpoint:
         if not name.endswith("self_attn.qkv.bias"):
             tensors[name] = bias
             continue
-        parts, stem = thirds(name, bias), name.removesuffix("bias")
-        if not bias.is_meta and torch.any(parts["k"]):
+        parts = thirds(name, bias)
+        keys = parts.pop(f"{name}[k]")
+        if not bias.is_meta and torch.any(keys):
             raise UserError(f"{name}: its keys have a bias, EVA-CLIP's have none")
-        tensors |= {f"{stem}q_bias": parts["q"], f"{stem}v_bias": parts["v"]}
+        tensors |= parts
     return tensors

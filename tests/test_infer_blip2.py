@@ -128,6 +128,30 @@ def test_bad_input_is_one_line_that_says_what(room: Path, capsys, line: str, mes
     assert not (room / "cat").exists()
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-200]), "is damaged, cut short, or not a checkpoint"),
+        (lambda path: path.write_bytes(b""), "is empty: the download did not begin"),
+        (lambda path: path.write_text("<!DOCTYPE html><html>"), "is a web page, not a checkpoint"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a git-lfs pointer"),
+        (lambda path: torch.save({"model": {"a": Harmless()}}, path), "refused, its pickle asks for tests.test_infer_blip2.Harmless"),
+        (lambda path: torch.save({"model": {"a": torch.ones(1)}}, path), "its names (a, ...) are of no layout that is known here"),
+    ],
+    ids=["cut short", "empty", "a page", "git-lfs", "another program", "another network"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", BLIP2)
+def test_a_file_that_is_not_what_it_is_named_is_one_line(room: Path, capsys, name: str, spoil, message: str):
+    spoil(room / "files" / name)
+    line = "index --images shop --out cat --model blip2 --weights files --quiet"
+    refused(capsys, line, message.removeprefix("is damaged, "))
+    assert not [*(room / "cat").glob("*.safetensors")]
+
+
+class Harmless:
+    pass
+
+
 def test_a_catalogue_of_blip2_is_not_searched_with_another_model(room: Path, capsys):
     blip2(capsys, "index", "--images", "shop", "--out", "cat")
     refused(

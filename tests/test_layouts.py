@@ -140,7 +140,7 @@ def test_a_single_fault_of_a_file_is_an_error_that_names_it(name: str, i: int):
         fill(name, i, whole | {"a.stray.name": torch.empty(2, device="meta")})
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "i"), CASES)
 def test_whatever_is_missing_is_named(name: str, i: int):
     """A tensor of every kind, layer numbers aside."""

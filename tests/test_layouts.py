@@ -127,7 +127,7 @@ def test_a_single_fault_of_a_file_is_an_error_that_names_it(name: str, i: int):
     layout = layout_of(whole, READ[name][i][1])
     used = [key for key in whole if reads(layout, key)]
     assert len(used) > 85
-    for key in random.Random(name).sample(used, 2):
+    for key in random.Random(name).sample(used, 1):
         part = re.escape(key)
         file = {k: x for k, x in whole.items() if k != key}
         with pytest.raises(UserError, match=part):

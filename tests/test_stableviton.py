@@ -415,9 +415,8 @@ def as_published(model: StableVITON) -> dict[str, Tensor]:
     name = "stableviton" if model.cfg.dresses else "paint-by-example"
     tensors = original(model.state_dict(), TABLES[name])
     tensors = {key: x for key, x in tensors.items() if not key.startswith("control_convs.")}
-    for key in [key for key in tensors if ".attn.q." in key and "mapper" in key]:
-        thirds = [tensors.pop(key.replace(".q.", f".{part}.")) for part in "qkv"]
-        tensors[key.replace(".q.", ".c_qkv.")] = torch.cat(thirds)
+    for key in [key.removesuffix("[q]") for key in tensors if key.endswith("[q]")]:
+        tensors[key] = torch.cat([tensors.pop(f"{key}[{part}]") for part in "qkv"])
     for key in [key for key in tensors if key.startswith("model.diffusion_model.output_blocks.2.2.conv")]:
         tensors[key.replace("2.2.conv", "2.1.conv")] = tensors.pop(key)  # the coarsest level has no attention
     return tensors | {"betas": torch.ones(1000), POSITION_IDS: torch.arange(model.cfg.image.tokens)[None]}

@@ -156,7 +156,8 @@ def reads(layout: Layout, key: str) -> bool:
     """Whether the table reads tensor `key`: not if a row leaves it out."""
     left = [row for row, ours in layout.table.items() if ours is None]
     rows = [re.escape(row).replace(r"\#", r"\d+").replace(r"\*", ".+") for row in left]
-    return not any(re.fullmatch(row, key) for row in rows)
+    names = key, f"{key}[q]"  # of a fused projection, its thirds
+    return not any(re.fullmatch(row, name) for row in rows for name in names)
 
 
 def fill(name: str, i: int, file: Checkpoint) -> None:

@@ -146,6 +146,16 @@ def test_originals_are_freed_one_by_one_as_they_are_cast():
     assert seen == [6, 5, 4, 3, 2, 1]
 
 
+def test_of_two_rows_that_could_have_given_it_the_missing_one_is_named_where_its_sibling_is():
+    table: Table = {"up.#.1.conv.*": "#.*", "up.#.2.conv.*": "#.*"}
+    file = {f"up.0.1.conv.{name}": torch.ones(3) for name in ("weight", "bias")}
+    file["up.1.2.conv.bias"] = torch.ones(3)
+    with pytest.raises(
+        UserError, match=r"^the checkpoint lacks up\.1\.2\.conv\.weight, for 1\.weight \(3,\)$"
+    ):
+        load_into(nn.Sequential(nn.LayerNorm(3), nn.LayerNorm(3)), file, table)
+
+
 def test_one_file_fills_several_modules():
     parts = nn.ModuleDict({"unet": nn.Linear(2, 3), "vae": nn.Linear(4, 5)})
     file = {"model.weight": torch.ones(3, 2), "model.bias": torch.ones(3), "first_stage.weight": torch.ones(5, 4),

@@ -13,6 +13,7 @@ DistributedDataParallel hides this behind one backward pass a step. Here each lo
 
 import os
 import sys
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
@@ -35,6 +36,10 @@ def join(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         meet()
+        # Imported later, as torch itself does, its functions' defaults would keep the group and gloo's threads to the end of
+        # the process, which aborts if one of them lets go of a tensor only then.
+        from torch.distributed.nn import functional  # noqa: F401
+
         # Flags go over the CPU: to ask for them waits for no GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -57,6 +62,7 @@ def sharded(x: Tensor) -> bool:
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.1)  # shards' cached meshes keep the group all the same: let its threads let go
 
 
 def rank() -> int:

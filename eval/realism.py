@@ -25,6 +25,7 @@ from weights.clip import FOLDER as CLIP_L14
 from weights.clip import load_clip
 from weights.inception import FILES, load_inception
 from weights.load import FOLDERS, sha256
+from weights.rename import blank
 
 INCEPTION = FOLDERS["full"]
 FIGURES = FID, KID, PAIRS, SUBSETS, CLIP_S = (
@@ -52,7 +53,7 @@ def load_networks(name: str) -> Networks:
     def note(what: str, folder: Path, names: Iterable[str]) -> None:
         hashes[f"{what} sha256"] = sha256(next(folder / x for x in names if (folder / x).is_file()))
 
-    inception, clip = InceptionV3().requires_grad_(False), None
+    inception, clip = blank(InceptionV3).requires_grad_(False), None
     try:
         load_inception(inception, INCEPTION)
         note("inception", INCEPTION, FILES)

@@ -34,6 +34,7 @@ from unifashion.preprocess import paste
 from weights.clip import load_clip
 from weights.inception import FILES, load_inception
 from weights.load import load_unifashion
+from weights.rename import blank
 
 N = 6
 OUTPUTS = ["outputs, with repaint", "outputs, without repaint"]
@@ -462,7 +463,7 @@ def kept(command, tmp_path_factory, data) -> Path:
 
 
 def features_of(pictures: list[Image.Image]) -> np.ndarray:
-    network = InceptionV3()
+    network = blank(InceptionV3)
     load_inception(network, realism.INCEPTION)
     return measures.features(pictures, network, quiet=True)
 

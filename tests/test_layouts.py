@@ -37,7 +37,7 @@ from weights.inception import INCEPTION
 from weights.llama import llamas
 from weights.llava import ORIGINAL, llavas
 from weights.qformer import QFORMERS, VITS
-from weights.rename import Checkpoint, Layout, Layouts, layout_of, load_layout, rename
+from weights.rename import Checkpoint, Layout, Layouts, blank, layout_of, load_layout, rename
 from weights.unet import UNETS
 from weights.vae import VAES
 
@@ -60,7 +60,7 @@ def without_tower() -> nn.Module:
 
 def with_convs(file: Checkpoint) -> Checkpoint:
     with torch.device("meta"):
-        return exemplar.as_ours(file, StableVITON(PUBLISHED["stableviton"]))
+        return exemplar.as_ours(file, blank(stableviton))
 
 
 def stableviton() -> StableVITON:
@@ -162,9 +162,7 @@ def reads(layout: Layout, key: str) -> bool:
 
 def fill(name: str, i: int, file: Checkpoint) -> None:
     make, layouts = READ[name][i]
-    with torch.device("meta"):
-        module = make()
-    load_layout(module, file, layouts)
+    load_layout(blank(make), file, layouts)
 
 
 # containers

@@ -13,7 +13,7 @@ from unifashion.config import FULL
 from unifashion.llama import Llama, LlamaConfig
 from weights.containers import read_folder, shards_of
 from weights.llama import LLAMA, LLAVA_HF, LLAVA_HF_5, llamas
-from weights.rename import layout_of, load_layout, rename
+from weights.rename import blank, layout_of, load_layout, rename
 
 CFG = LlamaConfig(vocab_size=31, dim=16, depth=2, heads=2, mlp_dim=24, context=32)
 PUBLISHED = {
@@ -28,8 +28,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_full_model_is_the_published_one(name: str):
-    with torch.device("meta"):
-        model = Llama(LlamaConfig())
+    model = blank(lambda: Llama(LlamaConfig()))
     assert LlamaConfig() == FULL.llama
     load_layout(model, published(name), llamas(32000))
     assert sum(x.numel() for x in model.parameters()) == 6_738_415_616
@@ -172,8 +171,7 @@ def tiny() -> Llama:
 
 
 def meta() -> Llama:
-    with torch.device("meta"):
-        return Llama(CFG)
+    return blank(lambda: Llama(CFG))
 
 
 def original(model: Llama) -> dict[str, Tensor]:

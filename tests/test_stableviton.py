@@ -31,7 +31,7 @@ from unifashion.vae import VAEConfig
 from weights import exemplar as loading
 from weights.exemplar import FILES, PAINT_BY_EXAMPLE, STABLEVITON, load_published, unfused
 from weights.garment import with_control_convs
-from weights.rename import load_into
+from weights.rename import blank, load_into
 
 SMALL = StableVITONConfig(
     image=ImageConfig(image_size=28, patch_size=7, dim=32, depth=2, heads=4, mlp_dim=56),
@@ -428,8 +428,7 @@ def write(model: StableVITON, path: Path) -> None:
 
 
 def full(name: str) -> StableVITON:
-    with torch.device("meta"):
-        return StableVITON(PUBLISHED[name])
+    return blank(lambda: StableVITON(PUBLISHED[name]))
 
 
 def fill(model: StableVITON, checkpoint: dict[str, Tensor], name: str) -> None:

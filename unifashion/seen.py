@@ -23,6 +23,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -106,13 +107,17 @@ def combination(g: Garment) -> str:
 
 def train_combinations(world: Path) -> list[str]:
     """All that `toy.split_of` gives to train, and what the world has in train, should that be others."""
+    drawn = (combination(Garment(**row["garment"])) for row in toy.read_rows(world, "train"))
+    return [*_every_of_train(), *drawn]
+
+
+@cache  # some eight thousand hashes
+def _every_of_train() -> tuple[str, ...]:
     every = (
         Garment(**dict(zip(toy.COMBINATION, values, strict=True)), second="white")
         for values in product(*(toy.ATTRIBUTES[name] for name in toy.COMBINATION))
     )
-    drawn = (Garment(**row["garment"]) for row in toy.read_rows(world, "train"))
-    train = (g for g in every if toy.split_of(g) == "train" and exists(g))
-    return [combination(g) for g in (*train, *drawn)]
+    return tuple(combination(g) for g in every if exists(g) and toy.split_of(g) == "train")
 
 
 def exists(g: Garment) -> bool:

@@ -10,7 +10,7 @@ from unifashion.clip import CLIP, L14, CLIPConfig
 from unifashion.tokenizers import CLIPTokenizer
 from weights.containers import read_checkpoint
 from weights.files import find, source_of
-from weights.rename import Layout, Layouts, Table, fused, load_layout, naming, thirds, under
+from weights.rename import Layout, Layouts, Table, blank, fused, load_layout, naming, thirds, under
 
 FOLDER = Path(__file__).parent / "files" / "clip-vit-large-patch14"
 
@@ -127,8 +127,7 @@ def load_clip(
     """Both towers, frozen, and their tokenizer. Raises UserError, which says where to get it, for what is missing or damaged."""
     path, words = clip_files(folder)
     tokenizer = CLIPTokenizer(words, cfg.text.vocab_size)
-    with torch.device("meta"):
-        model = CLIP(cfg)
+    model = blank(lambda: CLIP(cfg))
     with naming(path, "is not the CLIP that was expected"):  # no name for the checkpoint: load_into frees it
         load_layout(model, read_checkpoint(path), CLIPS, dtype=dtype, device=device)
     return model.eval().requires_grad_(False), tokenizer

@@ -20,7 +20,7 @@ from weights.clip import HF_IMAGE
 from weights.containers import read_checkpoint, read_folder
 from weights.files import find, source_of
 from weights.garment import NETWORKS, SCHEDULE, with_control_convs
-from weights.rename import Table, fused, load_into, load_layout, naming, thirds, under
+from weights.rename import Table, blank, fused, load_into, load_layout, naming, thirds, under
 from weights.unet import PREFIX, UNET, UNETS
 from weights.vae import VAE, VAES
 
@@ -120,8 +120,7 @@ def load_published(
     Raises UserError, which says where to get it, for a file that is missing, and for one that is damaged or another model's.
     """
     path, table = published_file(name, folder), FILES[name][1]
-    with torch.device("meta"):
-        model = StableVITON(PUBLISHED[name])
+    model = blank(lambda: StableVITON(PUBLISHED[name]))
     if path.is_dir():
         _load_diffusers(path, model, dtype, device)
     else:

@@ -20,7 +20,7 @@ from weights.containers import read_checkpoint, read_folder, shards_of
 from weights.files import find, source_of
 from weights.llama import BODY, HEAD, without_appended
 from weights.load import folder_of
-from weights.rename import Layout, Layouts, Table, load_into, load_layout, naming, under
+from weights.rename import Layout, Layouts, Table, blank, load_into, load_layout, naming, under
 
 # fmt: off
 HF: Table = {
@@ -109,8 +109,7 @@ def load_llava(
     never two copies in memory. Raises UserError for a file that is missing, damaged, or another network's.
     """
     place, files = llava_files(folder)
-    with torch.device("meta"):
-        model = LLaVA(llava.LLAVA_7B)
+    model = blank(lambda: LLaVA(llava.LLAVA_7B))
     rows, otherwise = model.cfg.llama.vocab_size, "is not the LLaVA-1.5-7B that was expected"
     with naming(place, otherwise):  # no names for the checkpoints: load_into frees them tensor by tensor
         if place.name == FOLDERS[0]:

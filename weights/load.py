@@ -28,7 +28,7 @@ from weights.files import find, source_of
 from weights.garment import STABLEVITON, load_stableviton
 from weights.llama import llamas
 from weights.qformer import QFORMERS, VITS
-from weights.rename import Layout, Layouts, load_into, load_layout, naming, only
+from weights.rename import Layout, Layouts, blank, load_into, load_layout, naming, only
 from weights.vae import VAES
 
 HERE = Path(__file__).parent
@@ -248,8 +248,7 @@ def _check_frozen_hashes(path: Path, folder: Path) -> None:
 
 
 def _blank(preset: str, draws: bool, writes: bool) -> UniFashion:
-    with torch.device("meta"):
-        return UniFashion(PRESETS[preset], draws, writes)
+    return blank(lambda: UniFashion(PRESETS[preset], draws, writes))
 
 
 def _public_files(preset: str, folder: Path, parts: Iterable[str]) -> dict[str, Path]:

@@ -35,7 +35,7 @@ from weights.files import FILES, USES, find
 from weights.llama import llamas
 from weights.load import check_finished, folder_of, learned_file, sha256
 from weights.qformer import QFORMERS, VITS
-from weights.rename import Checkpoint, Layouts, load_into, load_layout, rename
+from weights.rename import Checkpoint, Layouts, blank, load_into, load_layout, rename
 from weights.unet import UNETS
 from weights.vae import VAES
 
@@ -44,11 +44,6 @@ def opened(path: Path) -> Checkpoint:
     """The tensors without their numbers."""
     file = read_folder(path) if path.is_dir() else read_checkpoint(path)
     return {key: torch.empty_like(x, device="meta") for key, x in file.items()}
-
-
-def blank(make: Callable[[], nn.Module]) -> nn.Module:
-    with torch.device("meta"):
-        return make()
 
 
 def fits(path: Path, *parts: tuple[Callable[[], nn.Module], Layouts]) -> set[torch.dtype]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from tests.cases import others_slow
 from tests.faults import plant
 from unifashion import UserError, catalog, search
 from unifashion.catalog import CHECKED, EMBEDDINGS, ITEMS, VERSION, Catalog, check_same, header, write
@@ -27,7 +28,7 @@ Query = tuple[Tensor, Tensor, Tensor | None, float]  # query, pictures, captions
 # The first of a catalogue
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", others_slow(KINDS, "picture", "both, half the captions"))
 def test_a_hundred_thousand_are_found_as_by_a_loop_in_float64(kind, monkeypatch):
     monkeypatch.setattr(search, "BLOCK", 2**18)
     assert_found(planted(kind, 100_000, 4, 16))

@@ -14,6 +14,7 @@ import pytest
 
 from eval import leaks
 from eval.leaks import bm25_ranks, check, copied, own_file, surely, text_alone, words
+from tests.cases import others_slow
 from unifashion import UserError, training
 from unifashion.data.texts import WORDS, choose, detailed, flat
 from unifashion.data.world import COMBINATION, sample_garment
@@ -31,7 +32,7 @@ Case = tuple[list[dict], list[tuple[str, str]], list[str]]  # rows, queries, poo
 
 
 @pytest.mark.parametrize("told", [1, 2, 4])
-@pytest.mark.parametrize("n", [200, 600, 2000])
+@pytest.mark.parametrize("n", others_slow([200, 600, 2000], 200, 600))
 def test_toyfashions_own_captions_pass_although_queries_speak_their_very_words(n: int, told: int):
     found = check(*toy(n, told))
     assert found.reasons == ()
@@ -345,7 +346,7 @@ def test_another_pipe_that_breaks_is_no_end_in_peace():
 
 
 @needs_samples
-@pytest.mark.parametrize("category", CATEGORIES)
+@pytest.mark.parametrize("category", others_slow(CATEGORIES, "dress"))
 def test_the_released_captions_are_refused_also_without_their_text_guidance(category: str):
     rows, queries, pool = released(category)
     assert refusal(rows, queries, pool) == ["guided", "found", "copied"]

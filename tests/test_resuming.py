@@ -16,6 +16,7 @@ import torch
 
 import train_phase1
 import train_phase2
+from tests.cases import others_slow
 from tests.small_runs import (
     DROPPING,
     PHASE1,
@@ -52,7 +53,7 @@ SHOWN = {  # by an evaluation: captions, pictures, what is found
 }
 
 
-@pytest.mark.parametrize("what", [*RUNS[:-1], LONG])
+@pytest.mark.parametrize("what", others_slow(RUNS, "1 caption", "1 generate", "2 retrieval"))
 def test_two_steps_and_a_resumed_two_are_four_steps_bit_for_bit(what, place):
     run(what, place, "whole", 4)
     # the schedule follows the number of steps, so the interrupted run asks for four as well and is stopped after two
@@ -74,15 +75,16 @@ def test_without_captions_composed_queries_show_what_they_find(place):
 @pytest.mark.parametrize(
     ("what", "more"),
     [
-        ("1 align", []),
         ("1 caption", []),
-        ("1 align", ["--cache", "--accumulate", "2"]),
         ("2 retrieval", ["--accumulate", "2"]),
-        ("1 caption", ["--cache", "--dtype", "bf16", "--accumulate", "2"]),
-        pytest.param(
-            "2 mixed",
-            ["--cache", "--dtype", "bf16", "--accumulate", "2", "--freeze-diffusion"],
-            marks=pytest.mark.slow,
+        *(
+            pytest.param(what, more, marks=pytest.mark.slow)
+            for what, more in [
+                ("1 align", []),
+                ("1 align", ["--cache", "--accumulate", "2"]),
+                ("1 caption", ["--cache", "--dtype", "bf16", "--accumulate", "2"]),
+                ("2 mixed", ["--cache", "--dtype", "bf16", "--accumulate", "2", "--freeze-diffusion"]),
+            ]
         ),
     ],
 )

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.cases import others_slow
 from unifashion import UserError
 from unifashion.data import shops, toy
 from unifashion.data.body import POSE_HUES, Body, body_of, pose_parts
@@ -53,7 +54,7 @@ FEW = {"train": 2, "val": 2, "test": 2, "quiet": True}  # where a test draws wor
 GREY_KNIT = toy.Garment("sweater", "grey", "yellow", "striped", "long", "v", "regular")
 
 
-@pytest.mark.parametrize("difficulty", [1.0, 2.0])
+@pytest.mark.parametrize("difficulty", others_slow([1.0, 2.0], 2.0))
 def test_a_person_in_any_garment_has_one_mask_and_changes_only_inside_it(difficulty):
     for seed, person in enumerate(persons(4, difficulty)):
         worn = [toy.draw_person(person, g) for g in (*extreme_garments(), *garments(4, seed))]

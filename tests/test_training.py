@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import train_phase1
 import train_phase2
+from tests.cases import others_slow
 from tests.small_runs import (
     DROPPING,
     MINI,
@@ -40,7 +41,7 @@ WRITES, DRAWS = {"text_adapter", "lora"}, {"image_adapter", "style_adapter", "nu
 # What learns
 
 
-@pytest.mark.parametrize("what", RUNS)
+@pytest.mark.parametrize("what", others_slow(RUNS, "1 align", "1 generate", "2 mixed"))
 def test_the_table_at_the_top_says_what_learns(what, place, watched):
     phase, part = what.split()
     run(what, place, "run", 4, *([] if part == "mixed" else ["--lr", "0.01"]))

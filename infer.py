@@ -317,7 +317,7 @@ def settle(args: argparse.Namespace, notes: list[str]) -> tuple[UniFashionConfig
 def common_arguments(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("model and place")
     g.add_argument(
-        "--preset", choices=["tiny", "full"], help="default: full if its files are there, else tiny"
+        "--preset", choices=["tiny", "full"], help="default: full if its trained file is there, else tiny"
     )
     g.add_argument("--weights", type=Path, metavar="DIR", help="default: weights/files (full), weights/tiny")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")

@@ -73,6 +73,31 @@ def test_a_pickle_that_asks_for_more_than_tensors_is_refused_and_not_run(tmp_pat
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_pickle_of_a_later_protocol_is_refused_in_one_line(
+    tmp_path: Path, zipped: bool, protocol: int, recwarn
+):
+    path, trace = tmp_path / "later.pth", tmp_path / "it_ran"
+    how = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(trace),)
+
+    torch.save(checkpoint(), path, **how)
+    with pytest.raises(
+        UserError, match="its pickle is of a protocol that is not read without running it: save it again"
+    ):
+        read_checkpoint(path)
+    torch.save({"state_dict": checkpoint(), "x": Evil()}, path, **how)
+    with pytest.raises(
+        UserError, match=rf"^{path}: refused, its pickle is of a protocol .* asks for (posix|nt)\.mkdir"
+    ):
+        read_checkpoint(path)
+    assert not trace.exists() and not recwarn
+
+
 @pytest.mark.parametrize("kind", ["a.safetensors", "zip.pth", "legacy.pth"])
 def test_a_file_cut_short_is_one_line_that_names_it(tmp_path: Path, kind: str):
     path = tmp_path / kind
@@ -105,8 +130,11 @@ def test_what_is_no_checkpoint_is_one_line_that_names_it(tmp_path: Path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "is a git-lfs pointer, not the file"),
         (b"<!DOCTYPE html>\n<html><body>404</body></html>", "is a web page, not a checkpoint"),
         (b"\n <html lang=en>", "is a web page, not a checkpoint"),
+        (b"Invalid username or password.", "is a server's answer, not a checkpoint"),
+        (b'{"error":"Access to model is restricted"}', "is a server's answer, not a checkpoint"),
+        (b"\0" * 1000, "is zeros, not a checkpoint"),
     ],
-    ids=["empty", "git-lfs", "page", "page after a line"],
+    ids=["empty", "git-lfs", "page", "page after a line", "login", "json", "zeros"],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a.bin"])
 def test_a_download_that_went_wrong_is_told_as_what_it_is(

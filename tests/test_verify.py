@@ -17,7 +17,7 @@ from unifashion.config import FULL
 from unifashion.qformer import QFormerConfig
 from unifashion.vae import VAEConfig
 from unifashion.vit import ViTConfig
-from weights import convert, verify
+from weights import convert, inception, verify
 from weights.containers import read_checkpoint
 from weights.files import FILES, USES, source_of
 from weights.load import sha256
@@ -102,7 +102,7 @@ def test_a_file_that_is_not_the_published_one_is_told(folder: Path, capsys, spoi
     spoil(folder / BLIP2)
     code, lines = told(folder, capsys)
     assert code == 2 and lines[BLIP2].startswith("NOT GOOD ") and message in lines[BLIP2]
-    assert lines["infer.py index, search --model blip2"].startswith("needs ")
+    assert lines["infer.py index, search --model blip2"] == f"takes {BLIP2}, which is not good"
     assert lines[EVA].startswith("good ")
 
 
@@ -197,10 +197,14 @@ def test_an_empty_folder_is_not_good(folder: Path, capsys, name: str):
     assert code == 2 and lines[name].startswith("NOT GOOD ")
 
 
-def test_inception_is_good_under_either_name_and_converted(folder: Path, capsys):
+def test_inception_is_good_under_either_name_and_converted(folder: Path, capsys, monkeypatch):
+    counted = [k for k in published("torch_fidelity_inception_2015_12_05") if not k.startswith("fc.")]
     for name in ("pt_inception_2015_12_05", "torch_fidelity_inception_2015_12_05"):
         file, container = STANDINS[name]
-        write({k: torch.empty(1) for k in published(name)}, folder / file, container)
+        write(standin_of_ones(name), folder / file, container)
+        code, lines = told(folder, capsys)
+        assert code == 2 and "not as many numbers" in lines[INCEPTION]
+        monkeypatch.setattr(inception, "NUMBERS", len(counted))  # one each
         code, lines = told(folder, capsys)
         assert code == 0 and lines[INCEPTION].startswith("good ")
         convert.convert(folder / file)
@@ -208,6 +212,46 @@ def test_inception_is_good_under_either_name_and_converted(folder: Path, capsys)
         code, lines = told(folder, capsys)
         assert code == 0 and lines["FID and KID of eval.generation"] == "ready"
         (folder / file).with_suffix(".safetensors").unlink()
+        monkeypatch.setattr(inception, "NUMBERS", 21_820_000)
+
+
+def standin_of_ones(name: str) -> dict[str, torch.Tensor]:
+    return {k: torch.ones(1, dtype=x.dtype) for k, x in published(name).items()}
+
+
+def test_the_first_that_is_there_decides_as_when_it_is_loaded():
+    blip2 = USES["infer.py index, search --model blip2"]
+    there = {EVA: False, BLIP2: True, "blip2-itm-vit-g/": True, "bert_vocab.txt": True}
+    assert verify.state(blip2, there) == f"takes {EVA}, which is not good"
+    del there[EVA]
+    assert verify.state(blip2, there) == "ready"
+    assert verify.state(blip2, {"tuned_clip_best.pt": True, "bert_vocab.txt": True}) == "ready"
+    train = USES["training of all of UniFashion"]
+    there |= {"vicuna-7b-v1.5/": True, "VITONHD.ckpt": True, "VITONHD_VAE_finetuning.ckpt": False}
+    assert verify.state(train, there) == "takes VITONHD_VAE_finetuning.ckpt, which is not good"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [(EVA, "a folder, not a file"), ("unifashion/", "a file, not a folder")]
+)
+def test_a_folder_in_the_place_of_a_file_is_told(tmp_path: Path, capsys, name: str, message: str):
+    if name.endswith("/"):
+        (tmp_path / name.rstrip("/")).write_bytes(b"x")
+    else:
+        (tmp_path / name).mkdir()
+    code, lines = told(tmp_path, capsys)
+    assert code == 2 and lines[name] == f"NOT GOOD     {message}"
+
+
+def test_what_stableviton_starts_from_is_told_under_its_name(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(verify, "whole", lambda name, path: set())
+    weight = "model.diffusion_model.warp_zero_convs.0.weight"
+    for fill, good in ((torch.zeros, False), (torch.ones, True)):
+        torch.save({"state_dict": {weight: fill(2)}}, tmp_path / "VITONHD.ckpt")
+        code, lines = told(tmp_path, capsys)
+        assert (code == 0) is good and (
+            "its garment encoder is untrained" in lines["VITONHD.ckpt"]
+        ) is not good
 
 
 def test_a_folder_that_is_none_is_one_line(tmp_path: Path, capsys):
@@ -255,10 +299,43 @@ def test_a_converted_file_has_the_same_numbers_and_is_good(folder: Path, capsys)
         assert read.keys() == tensors.keys()
         assert all(torch.equal(read[k], x) and read[k].dtype == x.dtype for k, x in tensors.items())
         with safe_open(path, "pt") as file:
-            assert file.metadata() == {"format": "pt", "source": name, "sha256": digests[name]}
+            metadata = file.metadata()
+        assert metadata.pop("numbers") == convert.sha256_of(tensors)
+        assert metadata == {"format": "pt", "source": name, "sha256": digests[name]}
         (folder / name).unlink()
     code, lines = told(folder, capsys)
     assert code == 0 and lines["infer.py index, search --model blip2"] == "ready"
+    assert lines[BLIP2].endswith("as it was converted from the published file")
+
+
+def test_what_was_damaged_after_it_was_converted_is_told(folder: Path, capsys):
+    path = convert.convert(folder / BLIP2)
+    (folder / BLIP2).unlink()
+    path.write_bytes(flipped(path.read_bytes()))
+    code, lines = told(folder, capsys)
+    assert code == 2 and "damaged: its numbers are not those that were converted" in lines[BLIP2]
+
+
+def test_what_was_converted_is_not_converted_again(folder: Path, capsys):
+    (folder / "none.pth").unlink(missing_ok=True)
+    first = convert.convert(folder / EVA)
+    before = first.stat().st_mtime_ns
+    (folder / f".{BLIP2.replace('.pth', '.safetensors')}.part").mkdir()  # of one that was killed
+    assert convert.main([str(folder / name) for name in (EVA, "none.pth", BLIP2)]) == 2
+    out = capsys.readouterr()
+    assert out.out.splitlines() == [str(first), str(folder / "blip2_pretrained.safetensors")]
+    assert "none.pth: no such file" in out.err
+    assert first.stat().st_mtime_ns == before and not [*folder.glob(".*")]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_damaged_file_is_not_made_a_clean_one(folder: Path, capsys, monkeypatch, known: bool):
+    if not known:
+        monkeypatch.setitem(FILES, BLIP2, FILES[BLIP2]._replace(sha256=""))
+    (folder / BLIP2).write_bytes(flipped((folder / BLIP2).read_bytes()))
+    assert convert.main([str(folder / BLIP2)]) == 2
+    message = "its sha256 is not the published one" if known else "is not what its checksum says"
+    assert message in capsys.readouterr().err and not [*folder.glob("*.safetensors")]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +367,7 @@ def test_tied_tensors_are_written_twice(folder: Path):
         ("page.pth", "page.pth: is a web page, not a checkpoint"),
         ("cut.pth", "cut.pth: damaged, cut short, or not a checkpoint"),
         ("done.safetensors", "done.safetensors: is safetensors already"),
-        ("twice.pth", "twice.safetensors is there already: move it away first"),
+        ("twice.pth", "twice.safetensors is there already, and not made of twice.pth: move it"),
     ],
 )
 def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(

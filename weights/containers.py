@@ -12,11 +12,15 @@ refused before it runs, and the refusal names it.
 import io
 import os
 import pickle
+import pickletools
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors.torch import load_file
@@ -52,6 +56,8 @@ NO_CHECKPOINTS = {
     rb"$": "empty: the download did not begin",
     rb"version https://git-lfs": "a git-lfs pointer, not the file it stands for: `git lfs pull` gets that",
     rb"\s*<(!doctype|html|\?xml)": "a web page, not a checkpoint: that address shows a page about the file, or asks to log in",
+    rb"invalid username|unauthorized|access to|repository not found|entry not found|\{\"(error|message)": "a server's answer, not a checkpoint: it was not given out",
+    rb"\0{64}": "zeros, not a checkpoint: the download had the place and did not fill it",
 }
 
 
@@ -76,7 +82,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         zipped = zipfile.is_zipfile(path)
         if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
             return _read_torchscript(path)
-        with torch.serialization.safe_globals(INERT):
+        with torch.serialization.safe_globals(INERT), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UserError:
         raise
@@ -85,6 +91,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # bytes that are cut anywhere fail in a dozen ways
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
             raise _refusal(path, asked[1]) from None
+        if "Unsupported operand" in str(error):
+            raise UserError(f"{path}: {_unreadable(path, zipped)}") from None
         if "Cannot allocate memory" in str(error):  # Linux maps no file that is larger than memory and swap
             size = os.path.getsize(path) / 1e9
             raise UserError(f"{path}: there is too little memory to map its {size:.1f} GB") from None
@@ -139,6 +147,14 @@ def shards_of(folder: Path) -> list[Path]:
     raise UserError(f"{folder} holds no weights: neither model*.safetensors nor pytorch_model*.bin")
 
 
+def check_sums(path: Path) -> None:
+    """Raise UserError for a zip file, as torch writes them, whose records are not what their checksums say."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as records:
+            if bad := records.testzip():
+                raise UserError(f"{path}: damaged: its record {bad} is not what its checksum says")
+
+
 def _check_beginning(path: Path) -> None:
     with open(path, "rb") as file:
         beginning = file.read(64)
@@ -149,6 +165,34 @@ def _check_beginning(path: Path) -> None:
 
 def _refusal(path: Path, asked: str) -> UserError:
     return UserError(f"{path}: refused, its pickle asks for {asked}, no tensor needs it")
+
+
+def _unreadable(path: Path, zipped: bool) -> str:
+    """What is said of a pickle that torch does not read without running it: if it asks for anything, what."""
+    told = "refused, its pickle is of a protocol that is not read without running it"
+    with suppress(Exception), zipfile.ZipFile(path) if zipped else open(path, "rb") as file:
+        if zipped:
+            pickles = file.open(next(name for name in file.namelist() if name.endswith("data.pkl")))
+        else:
+            pickles = file  # torch's old files are five, and then the numbers
+        asked = [name for _ in range(1 if zipped else 4) for name in _globals(pickles)]
+        if asked := [name for name in asked if not name.startswith(("torch.", "collections.OrderedDict"))]:
+            told += f", and asks for {asked[0]}"
+    return f"{told}: save it again by torch.save, as it does by itself"
+
+
+def _globals(file: IO[bytes]) -> Iterator[str]:
+    """What a pickle of protocol 4 or 5 asks for, which two words before name, or the memo's copies of them."""
+    words, memo, before = [], [], None
+    for operation, word, _ in pickletools.genops(file):
+        if operation.name == "MEMOIZE":
+            memo.append(before)
+        if operation.name in ("BINGET", "LONG_BINGET"):
+            word = memo[word]
+        before = word if isinstance(word, str) else None
+        words += [before] if before else []
+        if operation.name == "STACK_GLOBAL":
+            yield ".".join(words[-2:])
 
 
 def _reason(error: Exception) -> str:

@@ -99,6 +99,8 @@ def published_file(name: str, folder: Path) -> Path:
     """Its file in `folder`, or of Paint-by-Example the folder of diffusers' three. Raises UserError, which says where to get it."""
     file, _ = FILES[name]
     path = find(folder, file)
+    if path and path.is_dir():
+        raise UserError(f"{path} is a folder, not the file of this name")
     if path is None and name == "paint-by-example" and (folder / name / PARTS[0]).is_dir():
         if missing := [part for part in PARTS if not (folder / name / part).is_dir()]:
             raise UserError(f"{folder / name / missing[0]} is missing: {source_of(name)}")

@@ -105,9 +105,10 @@ FILES = {
 
 BLIP2 = ("eva_vit_g.pth", "blip2_pretrained.pth", "bert_vocab.txt")
 BLIP2_PORT = ("blip2-itm-vit-g/", "bert_vocab.txt")
-# What the files are for: any of these sets will do
+BLIP2_TUNED = ("tuned_clip_best.pt", "bert_vocab.txt")
+# What the files are for: any of these sets will do, and the first that is there is taken, good or not
 USES = {
-    "infer.py index, search --model blip2": (BLIP2, BLIP2_PORT),
+    "infer.py index, search --model blip2": (BLIP2, BLIP2_PORT, BLIP2_TUNED),
     "infer.py caption --model llava": (
         ("llava-1.5-7b-hf/",),
         ("llava-v1.5-7b/", "clip-vit-large-patch14-336/"),
@@ -116,8 +117,8 @@ USES = {
     "infer.py tryon --model paint-by-example": (("paint-by-example/",),),
     "training of all of UniFashion": tuple(
         (*blip2, llm, tryon, *vae)
-        for blip2 in (BLIP2, BLIP2_PORT)
-        for vae in ((), ("VITONHD_VAE_finetuning.ckpt",))
+        for blip2 in (BLIP2, BLIP2_PORT, BLIP2_TUNED)
+        for vae in (("VITONHD_VAE_finetuning.ckpt",), ())
         for tryon in ("VITONHD_PBE_pose.ckpt", "VITONHD.ckpt")
         for llm in ("vicuna-7b-v1.5/", "llava-v1.5-7b/", "llava-1.5-7b-hf/")
     ),

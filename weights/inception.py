@@ -15,6 +15,7 @@ from weights.files import find, source_of
 from weights.rename import Table, load_into, naming, under
 
 HERE = Path(__file__).parent
+NUMBERS = 21_820_000  # parameters and running statistics, without `fc`
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 
 # fmt: off

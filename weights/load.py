@@ -69,7 +69,7 @@ def wanted(preset: str, folder: Path, *names: str) -> Path:
         return path
     source = "it is part of the repository, where weights/tiny/README.md says how it was made"
     if preset == "full":
-        source = f"{source_of(names[0])} (or say --preset tiny, which needs no download)"
+        source = f"{source_of(names[0])} (`python -m weights.verify` tells what else)"
     raise UserError(f"{folder / names[0]} is missing: {source}")
 
 

@@ -3,13 +3,14 @@
     python -m weights.verify
     python -m weights.verify DIR
 
-Of each file its size; its sha256 where that is published, or else, of torch's zip files, their own checksums; and whether every
-tensor has a name and a shape that our network of full size has a place for (of Inception the names): no number is loaded for that
+Of each file its size; its sha256 where that is published, or else the checksums in torch's zip files and in what
+`weights.convert` wrote; and whether every
+tensor has a name and a shape that our network of full size has a place for (of Inception the names, and how many numbers): no number is loaded for that
 (but eva_vit_g.pth is read: files of its kind cannot be mapped). Exit code 2 if a file is damaged or another one.
 """
 
+import math
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from unifashion import Parser, UserError
+from unifashion import Parser, UserError, training
 from unifashion.clip import CLIP, L14, L14_336, ImageTower
 from unifashion.config import FULL
 from unifashion.llama import Llama
@@ -30,7 +31,8 @@ from unifashion.vae import VAE
 from unifashion.vit import ViT
 from weights import exemplar, inception, llava
 from weights.clip import CLIPS, clip_files
-from weights.containers import read_checkpoint, read_folder
+from weights.containers import check_sums, read_checkpoint, read_folder
+from weights.convert import check_converted, source_sha256
 from weights.files import FILES, USES, find
 from weights.llama import llamas
 from weights.load import check_finished, folder_of, learned_file, sha256
@@ -100,6 +102,16 @@ def whole(name: str, path: Path) -> set[torch.dtype]:
     return {x.dtype for x in file.values()}
 
 
+def trained(path: Path) -> set[torch.dtype]:
+    """Of StableVITON, too, that its garment encoder does something: what its training starts from has the same names."""
+    dtypes = whole("stableviton", path)
+    if not any(x.any() for name, x in read_checkpoint(path).items() if ".warp_zero_convs." in name):
+        raise UserError(
+            f"{path} is not stableviton: its garment encoder is untrained, as in VITONHD_PBE_pose.ckpt"
+        )
+    return dtypes
+
+
 def paint_by_example(path: Path) -> set[torch.dtype]:
     name, model = path.name, blank(lambda: StableVITON(PUBLISHED["paint-by-example"]))
     path = exemplar.published_file(name, path.parent)
@@ -117,7 +129,9 @@ def clip(path: Path) -> set[torch.dtype]:
 
 def inception_names(path: Path) -> set[torch.dtype]:
     file = opened(path)
-    rename(file, inception.INCEPTION)
+    ours = rename(file, inception.INCEPTION)
+    if sum(x.numel() for x in ours.values() if x.is_floating_point()) != inception.NUMBERS:
+        raise UserError(f"{path} is not FID's Inception: not as many numbers")
     return {x.dtype for x in file.values()}
 
 
@@ -144,7 +158,7 @@ CHECKS: dict[str, Callable[[Path], set[torch.dtype]]] = {
     "llava-v1.5-7b/": liuhaotian,
     "clip-vit-large-patch14-336/": tower,
     "vicuna-7b-v1.5/": vicuna,
-    "VITONHD.ckpt": lambda path: whole("stableviton", path),
+    "VITONHD.ckpt": trained,
     "VITONHD_PBE_pose.ckpt": lambda path: whole("stableviton", path),
     "VITONHD_VAE_finetuning.ckpt": lambda path: fits(path, (lambda: VAE(FULL.vae), VAES)),
     "paint-by-example/": paint_by_example,
@@ -161,21 +175,15 @@ def files_of(path: Path) -> list[Path]:
     return sorted(x for x in path.rglob("*") if x.is_file()) if path.is_dir() else [path]
 
 
-def check_sums(path: Path) -> None:
-    """Raise UserError for a zip file, as torch writes them, whose records are not what their checksums say."""
-    for file in files_of(path):
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as records:
-                if bad := records.testzip():
-                    raise UserError(f"{file}: damaged: its record {bad} is not what its checksum says")
-
-
-def look(folder: Path, name: str) -> tuple[bool, str]:
-    """-> whether `name` is there and good, and a line about it."""
-    path, known = find(folder, *ALSO.get(name, (name,))), FILES[name]
-    if path is None:
-        return False, f"missing      {known.source}"
+def look(folder: Path, name: str) -> tuple[bool | None, str]:
+    """-> whether `name` is good, None if it is not there, and a line about it."""
+    known = FILES[name]
     try:
+        path = find(folder, *ALSO.get(name, (name,)))
+        if path is None:
+            return None, f"missing      {known.source}"
+        if path.is_dir() != name.endswith("/"):
+            raise UserError("a folder, not a file" if path.is_dir() else "a file, not a folder")
         size = sum(file.stat().st_size for file in files_of(path))
         told = [f"{size:,} bytes"]
         dtypes = CHECKS[name](path)
@@ -185,8 +193,18 @@ def look(folder: Path, name: str) -> tuple[bool, str]:
             if sha256(path) != known.sha256:
                 raise UserError("its sha256 is not the published one: damaged, or another file")
             told.append("sha256 as published")
+        elif source := source_sha256(path):
+            check_converted(path)
+            told.append("as it was converted")
+            if known.sha256:
+                told[-1] += (
+                    " from the published file"
+                    if source == known.sha256
+                    else " from another edition than the published one"
+                )
         else:
-            check_sums(path)
+            for file in files_of(path):
+                check_sums(file)
             if path.name != name.rstrip("/") or (known.exact and size != known.size):
                 told.append(f"another edition than the published one of {known.size:,} bytes")
     except (UserError, OSError) as error:
@@ -202,22 +220,33 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print("weights.verify:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
-    good, lines = set(), []
-    for name in tqdm(FILES, "looking", unit="file", leave=False):
+    good, lines = {}, []  # of the files that are there: whether they are good
+    for name in tqdm(FILES, "looking", unit="file", leave=False, disable=None):
         fine, line = look(folder, name)
         lines.append(f"{name:37}{line}")
-        good |= {name} if fine else set()
+        if fine is not None:
+            good[name] = fine
     print(f"{folder}\n", *lines, "", sep="\n")
     for use, sets in USES.items():
-        lacking = min(([name for name in files if name not in good] for files in sets), key=weight)
-        needs = f"needs {' and '.join(lacking)} ({weight(lacking) / 1e9:.1f} GB)" if lacking else "ready"
-        print(f"{use:45}{needs}")
-    return 2 if any("NOT GOOD" in line for line in lines) else 0
+        print(f"{use:45}{state(sets, good)}")
+    return 0 if all(good.values()) else 2
 
 
-def weight(names: list[str]) -> int:
-    return sum(FILES[name].size for name in names)
+def state(sets: tuple[tuple[str, ...], ...], good: dict[str, bool]) -> str:
+    """Of a use: what is said of the files that it would take, the first set that is there."""
+    least = min(sets, key=lambda files: weight([name for name in files if name not in good]))
+    lacking = [name for name in least if name not in good]
+    if lacking:
+        return f"needs {' and '.join(lacking)} ({weight(lacking) / 1e9:.1f} GB)"
+    taken = next(files for files in sets if all(name in good for name in files))
+    bad = [name for name in taken if not good[name]]
+    return f"takes {bad[0]}, which is not good" if bad else "ready"
+
+
+def weight(names: list[str]) -> float:
+    """Bytes to get; what was never seen is no advice."""
+    return sum(FILES[name].size or math.inf for name in names)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    training.run(lambda: sys.exit(main()))

@@ -47,7 +47,7 @@ def tryon(args: argparse.Namespace) -> None:
     flags.check_tryon(args)
     published = args.model != "unifashion"
 
-    from unifashion import preprocess, training
+    from unifashion import preprocess
     from unifashion.diffusion import timesteps
     from unifashion.stableviton import PUBLISHED
     from unifashion.tryon import draw, pasted, read_inputs, read_mask, result_paths
@@ -73,7 +73,6 @@ def tryon(args: argparse.Namespace) -> None:
     words = None if published else tokenizer(args.preset, args.weights)
     inputs = read_inputs(args, person, mask, cfg, words, notes)
 
-    training.fast_malloc()
     start = time.perf_counter()
     if published:
         model = load_published(args.model, folder, device, dtype)
@@ -102,7 +101,7 @@ def caption(args: argparse.Namespace) -> None:
     from functools import partial
 
     from unifashion import caption as captions
-    from unifashion import llava, training
+    from unifashion import llava
     from weights.llava import llava_captioner, llava_tokenizer, load_llava
     from weights.load import captioner, llm_tokenizer, load_unifashion
 
@@ -124,7 +123,6 @@ def caption(args: argparse.Namespace) -> None:
     print(*(f"skipped: {plain(why)}\n" for why in job.skipped.values()), sep="", end="", file=sys.stderr)
     notes += job.notes()
 
-    training.fast_malloc()
     model = load(args.weights, device, dtype) if job.todo else None
     tell(args, notes)
 
@@ -165,7 +163,7 @@ def index(args: argparse.Namespace) -> None:
     """Make a catalogue of the pictures in a folder, and in the folders within it, for search; or bring one up to date."""
     from functools import partial
 
-    from unifashion import indexing, training
+    from unifashion import indexing
     from unifashion.caption import check_search
     from unifashion.catalog import VERSION
     from unifashion.search import qformer_hash
@@ -183,7 +181,6 @@ def index(args: argparse.Namespace) -> None:
         check_search(cfg, llm, args.captions, max_tokens=128, beams=1)
     tell(args, notes)
 
-    training.fast_malloc()
     start = time.perf_counter()
     model = retriever(args, device, dtype, writes=bool(args.captions))
     about = {"catalogue": VERSION, "preset": args.preset, "qformer sha256": qformer_hash(model)}
@@ -210,7 +207,7 @@ def search(args: argparse.Namespace) -> None:
     if args.top < 1:
         raise UserError(f"--top is {args.top}, must be at least 1")
 
-    from unifashion import preprocess, training
+    from unifashion import preprocess
     from unifashion.catalog import Catalog, check_same
     from unifashion.search import qformer_hash, query_embedding
     from unifashion.tokenizers import read_query
@@ -240,7 +237,6 @@ def search(args: argparse.Namespace) -> None:
         notes.append("the catalogue has no captions: pictures alone are compared")
     catalog.verify(args.quiet)
 
-    training.fast_malloc()
     model = retriever(args, device, dtype)
     check_same(args.catalog, catalog.about, {"qformer sha256": qformer_hash(model)}, otherwise)
     start = time.perf_counter()
@@ -295,6 +291,7 @@ def settle(args: argparse.Namespace, notes: list[str]) -> tuple[UniFashionConfig
     """Preset, device and dtype: what the user left open is decided, in `args` too, and noted."""
     import torch
 
+    from unifashion import cpu
     from unifashion.config import PRESETS
     from unifashion.training import compute_dtype, pick_device
     from weights.load import default_preset, folder_of
@@ -308,6 +305,8 @@ def settle(args: argparse.Namespace, notes: list[str]) -> tuple[UniFashionConfig
     folder_of(args.preset, args.weights)  # complains about one that there is not
     device = pick_device(args.device)
     dtype = compute_dtype(device, args.dtype)
+    cpu.fast_malloc()
+    cpu.float32_where_faster(device, dtype)
     args.device, args.dtype = device.type, "bf16" if dtype == torch.bfloat16 else "fp32"
     torch.backends.cudnn.deterministic = True  # same seed, same machine: same bytes
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from unifashion import Parser, UserError, feed, objectives, parallel, runs, seen, sheets, training
+from unifashion import Parser, UserError, cpu, feed, objectives, parallel, runs, seen, sheets, training
 from unifashion.config import PRESETS
 from unifashion.model import UniFashion, start_adapter
 from unifashion.samples import TEXTS, Answers, Pairs, names, open_data, products
@@ -69,7 +69,7 @@ def train(
     hparams = training.override(DEFAULTS[args.preset][stage], args)
     encode, loss_of = STAGES[stage]
     device = parallel.join(training.pick_device(args.device))
-    training.float32_attention(device, args.dtype)
+    cpu.float32_where_faster(device, training.compute_dtype(device, args.dtype))
     if args.compile:
         training.check_compile(device)
     runs.check_out(out, resume)
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     stages = list(STAGES) if args.stage == "all" else [args.stage]
     training.check_arguments(args, stages, "--stage")
-    training.fast_malloc()
+    cpu.fast_malloc()
     for name in args.data:
         training.name_and_path(name, ("toy", *TEXTS))  # all of them are pictures with texts
     init, stop = args.init, training.Stop()

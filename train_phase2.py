@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from unifashion import Parser, UserError, feed, objectives, parallel, runs, seen, sheets, training
+from unifashion import Parser, UserError, cpu, feed, objectives, parallel, runs, seen, sheets, training
 from unifashion.config import PRESETS, UniFashionConfig
 from unifashion.data.readers import DATA_SETS
 from unifashion.model import UniFashion
@@ -99,7 +99,7 @@ def train(args: argparse.Namespace) -> bool:
     """-> whether it came to its end: False where it was asked to stop before."""
     defaults, cfg, out = DEFAULTS[args.preset], PRESETS[args.preset], args.out
     device = parallel.join(training.pick_device(args.device))
-    training.float32_attention(device, args.dtype)
+    cpu.float32_where_faster(device, training.compute_dtype(device, args.dtype))
     if args.compile:
         training.check_compile(device)
     runs.check_out(out, args.resume)
@@ -402,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     tasks = list(TASKS) if "all" in args.task else args.task
     training.check_arguments(args, tasks, "--task")
-    training.fast_malloc()
+    cpu.fast_malloc()
     if not train(args) and parallel.rank() == 0:
         print(f"train_phase2.py: stopped, {args.out} is saved: --resume goes on", file=sys.stderr)
 

@@ -37,7 +37,7 @@ from eval.captions import METRICS, beside_the_paper, bleu4, cell, line, scores
 from eval.gallery import check_rows
 from eval.report import Fingerprint, about_run, interval, resampled, save_json, shuffled
 from eval.truth import ATTRIBUTES, Said, garments_of, look, seen_in_training, truth
-from unifashion import Parser, UserError, training
+from unifashion import Parser, UserError, cpu, training
 from unifashion.caption import Caption, check_search, write_captions
 from unifashion.config import PRESETS
 from unifashion.data import read_json, toy
@@ -284,9 +284,10 @@ def main(argv: list[str] | None = None) -> None:
     args, began = parse(argv), time.perf_counter()
     name, path = training.name_and_path(args.data, ("toy", "fashiongen"))
     check_arguments(args, name)
-    training.fast_malloc()
+    cpu.fast_malloc()
     device = training.pick_device(args.device)
     dtype = training.compute_dtype(device, args.dtype)
+    cpu.float32_where_faster(device, dtype)
     llm_words = llm_tokenizer(args.preset, args.weights)
     styles = [style for style in READERS if style in (args.styles or READERS)]
     styles = ["fashiongen"] if name == "fashiongen" else styles

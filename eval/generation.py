@@ -49,7 +49,7 @@ from eval.metrics.fid import fid, fid_floor, kid_of_pairs
 from eval.report import Fingerprint, about_run, interval, resampled, save_json, shuffled
 from eval.sampling import Setting, draw, read, through_vae
 from eval.truth import look, seen_in_training
-from unifashion import Parser, UserError, sheets, training
+from unifashion import Parser, UserError, cpu, sheets, training
 from unifashion.config import PRESETS
 from unifashion.data import read_json, toy
 from unifashion.data.mgd import MGD
@@ -290,9 +290,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             "--keep and --generated are of vitonhd and mgd: ToyFashion's pictures are made and forgotten"
         )
-    training.fast_malloc()
+    cpu.fast_malloc()
     device = training.pick_device(args.device)
-    model = load_unifashion(args.preset, args.weights, device, training.compute_dtype(device, args.dtype))
+    dtype = training.compute_dtype(device, args.dtype)
+    cpu.float32_where_faster(device, dtype)
+    model = load_unifashion(args.preset, args.weights, device, dtype)
     words = tokenizer(args.preset, args.weights)
     world = training.toy_folder(path)
     split = args.split or ("test" if controls else "val")

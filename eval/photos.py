@@ -38,7 +38,7 @@ from eval.metrics.fid import caution
 from eval.realism import DRAWS, FIGURES, SUBSETS, Figure, Measuring, Networks, load_networks
 from eval.report import Fingerprint, about_run, save_json, shuffled
 from eval.sampling import Setting, draw, read, through_vae
-from unifashion import UserError, runs, training
+from unifashion import UserError, cpu, runs, training
 from unifashion.data import read_json
 from unifashion.data.mgd import MGD
 from unifashion.data.mgd_mask import DRESSCODE
@@ -290,13 +290,14 @@ def evaluate(
     networks = load_networks(name)
     device = training.pick_device(args.device)
     dtype = training.compute_dtype(device, args.dtype)
+    cpu.float32_where_faster(device, dtype)
     if args.keep:
         words = tokenizer(args.preset, args.weights)
         begin(args.keep, settings_of(name, split, asked, s, args, device, dtype))
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
 
-    training.fast_malloc()
+    cpu.fast_malloc()
     measuring = Measuring(networks, persons(asked["paired"]), device, args.quiet)
     if args.keep:
         model = load_unifashion(args.preset, args.weights, device, dtype)

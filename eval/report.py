@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unifashion import Parser, UserError, runs, training
+from unifashion import Parser, UserError, cpu, runs, training
 from unifashion.config import PRESETS
 from unifashion.model import UniFashion
 from unifashion.search import qformer_hash
@@ -159,8 +159,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace) -> tuple[UniFashion, WordPiece]:
-    training.fast_malloc()
+    cpu.fast_malloc()
     device = training.pick_device(args.device)
     dtype = training.compute_dtype(device, args.dtype)
+    cpu.float32_where_faster(device, dtype)
     words = tokenizer(args.preset, args.weights)
     return load_unifashion(args.preset, args.weights, device, dtype, draws=False), words

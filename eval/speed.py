@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from unifashion import Parser, UserError, training
+from unifashion import Parser, UserError, cpu, training
 from unifashion.blocks import UNetConfig
 from unifashion.catalog import VERSION, Catalog, write
 from unifashion.config import FULL, TINY
@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.repeats < 1:
         raise UserError(f"--repeats is {args.repeats}, must be at least 1")
     device = training.pick_device(args.device)
-    training.fast_malloc()
+    cpu.fast_malloc()
     preset = TINY if args.tiny else FULL
     torch.manual_seed(0)
     if args.what == "search":

@@ -39,7 +39,7 @@ from torch.utils.flop_counter import flop_registry
 import train_phase1
 import train_phase2
 from eval.speed import machine
-from unifashion import Parser, UserError, feed, lora, training
+from unifashion import Parser, UserError, cpu, feed, lora, training
 from unifashion.config import PRESETS, UniFashionConfig
 from unifashion.model import UniFashion
 from unifashion.samples import CONDITIONS
@@ -409,14 +409,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.batch_size == 1 and (first := [x for x in args.stage if x in COMPARES]):
         raise UserError(f"--batch-size is 1: {first[0]} compares the samples of a batch, 2 at least")
     device = training.pick_device(args.device)
-    training.fast_malloc()
+    cpu.fast_malloc()
     torch.manual_seed(0)
     full, cfg = args.preset == "full", PRESETS[args.preset]
     computes = full and device.type == "cpu"
     if computes and args.dtype == "fp32":
         raise UserError("--dtype is fp32: what is computed, without a GPU, is bf16")
     if not computes:
-        training.float32_attention(device, args.dtype)
+        cpu.float32_where_faster(device, training.compute_dtype(device, args.dtype))
     told = "no GPU: computed" if computes else machine(device, training.compute_dtype(device, args.dtype))
     print(told, file=sys.stderr if args.json else sys.stdout, flush=True)
     rows = []

@@ -15,11 +15,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers that each want all cores wait
 
 
 @pytest.fixture(autouse=True)
-def fused_attention() -> Iterator[None]:
-    """What trains in bfloat16 replaces it for its process, which here is that of the other tests, too."""
-    fused = F.scaled_dot_product_attention
+def torchs_own() -> Iterator[None]:
+    """What computes in bfloat16 on a CPU replaces some for its process, which here is that of the other tests, too."""
+    own = F.scaled_dot_product_attention, F.conv2d, F.linear
     yield
-    F.scaled_dot_product_attention = fused
+    F.scaled_dot_product_attention, F.conv2d, F.linear = own
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ SOURCES = sorted(
 
 TESTS, SCRIPTS, WEIGHTS, WIRING, COMPONENT = 4, 3, 2, 1, 0
 WIRES = {
-    "model", "denoiser", "stableviton", "config", "data", "tryon", "caption", "llava", "search", "catalog", "indexing", "sheets", "objectives", "samples", "feed", "training", "parallel", "runs", "seen"
+    "model", "denoiser", "stableviton", "cpu", "config", "data", "tryon", "caption", "llava", "search", "catalog", "indexing", "sheets", "objectives", "samples", "feed", "training", "parallel", "runs", "seen"
 }  # fmt: skip
 REFERENCES = {"transformers", "diffusers", "peft"}
 

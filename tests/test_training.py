@@ -27,7 +27,7 @@ from tests.small_runs import (
     run,
     state,
 )
-from unifashion import UserError, llama, lora, parallel, runs, seen, sheets, training
+from unifashion import UserError, cpu, llama, lora, parallel, runs, seen, sheets, training
 from unifashion.config import FULL, PRESETS
 from unifashion.garment import GarmentEncoder
 from unifashion.model import UniFashion, start_adapter
@@ -259,7 +259,7 @@ def test_only_in_bfloat16_on_a_cpu_does_attention_learn_in_float32(device, dtype
     mask = (torch.arange(5) < 4).expand(5, 5)
     fused = F.scaled_dot_product_attention
     exact = fused(q, k, v, mask)
-    training.float32_attention(torch.device(device), dtype)
+    cpu.float32_where_faster(torch.device(device), training.compute_dtype(torch.device(device), dtype))
     with torch.autocast("cpu", torch.bfloat16):
         seen, bias = [], torch.where(mask, 0.0, -torch.inf)
         for attn_mask in (mask, bias.bfloat16()):

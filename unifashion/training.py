@@ -5,7 +5,6 @@ run that is resumed is the run that was not interrupted, bit for bit, and the nu
 """
 
 import argparse
-import ctypes
 import errno
 import hashlib
 import math
@@ -19,7 +18,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unifashion import UserError, exit_if_unread, parallel, program
@@ -165,26 +163,6 @@ def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     enabled = compute_dtype(device, dtype) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-_FUSED_ATTENTION = F.scaled_dot_product_attention
-
-
-def float32_attention(device: torch.device, dtype: str) -> None:
-    """For the rest of the process: on a CPU in bfloat16, attention with a gradient is computed in float32. The backward pass of the
-    fused kernel takes 3 to 7 times as long in bfloat16, and the plain one, which writes all weights out, twice as long."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **how) -> Tensor:
-        if not torch.is_grad_enabled():
-            return _FUSED_ATTENTION(q, k, v, attn_mask, **how)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        if attn_mask is not None and attn_mask.is_floating_point():
-            attn_mask = attn_mask.to(wide)
-        with torch.autocast("cpu", enabled=False):
-            return _FUSED_ATTENTION(q.to(wide), k.to(wide), v.to(wide), attn_mask, **how).to(q.dtype)
-
-    if device.type == "cpu" and compute_dtype(device, dtype) == torch.bfloat16:
-        F.scaled_dot_product_attention = attention
 
 
 def run(main: Callable[[], None]) -> None:
@@ -435,15 +413,3 @@ class Stop:
     def asked_anywhere(self) -> bool:
         """Whether it was asked of any process: all leave after the same step. What comes while they agree is for the next step."""
         return parallel.any_process(self.asked)
-
-
-def fast_malloc() -> None:
-    """Let glibc keep its memory: giving it back and faulting it in again made a small training step up to 9x slower."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return  # not glibc
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
-    libc.mallopt(m_top_pad, 1 << 29)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from unifashion import Parser, UserError, feed, runs, seen, sheets, training
+from unifashion import Parser, UserError, cpu, feed, runs, seen, sheets, training
 from unifashion.config import TINY
 from unifashion.data import open_image, read_json, toy
 from unifashion.data.fashion200k import Fashion200K
@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--eval-every", type=int, default=250, help="steps between checkpoints")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
     args = parser.parse_args(argv)
-    training.fast_malloc()
+    cpu.fast_malloc()
     if args.part == "ship":
         best = args.init / "best" / "model.safetensors"
         if not best.is_file():

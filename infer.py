@@ -305,7 +305,8 @@ def settle(args: argparse.Namespace, notes: list[str]) -> tuple[UniFashionConfig
     folder_of(args.preset, args.weights)  # complains about one that there is not
     device = pick_device(args.device)
     dtype = compute_dtype(device, args.dtype)
-    cpu.fast_malloc()
+    if args.preset == "tiny" and args.model == "unifashion":
+        cpu.fast_malloc()  # of large tensors it keeps what fits no others: half a gigabyte of StableVITON's 5
     cpu.float32_where_faster(device, dtype)
     args.device, args.dtype = device.type, "bf16" if dtype == torch.bfloat16 else "fp32"
     torch.backends.cudnn.deterministic = True  # same seed, same machine: same bytes

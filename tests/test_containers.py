@@ -23,6 +23,8 @@ def test_every_container_gives_the_same_tensors(tmp_path: Path):
     torch.save(checkpoint(), tmp_path / "zip.pth")
     torch.save(checkpoint(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
     torch.save({"model": checkpoint(), "epoch": 3}, tmp_path / "lavis.pth")
+    for name in ("Blip2QformerCirCls", "Blip2QformerCirRerank"):
+        torch.save({"epoch": 3, name: checkpoint()}, tmp_path / f"{name}.pt")
     torch.save(
         {"state_dict": checkpoint(), "optimizer_states": [{"m": torch.ones(9)}]}, tmp_path / "lightning.ckpt"
     )

@@ -7,6 +7,7 @@ rules that were written down apart from our tables (`REWRITES`) turn one layout 
 import random
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,8 @@ from weights.clip import CLIPS
 from weights.containers import read_checkpoint, read_folder
 from weights.exemplar import load_published
 from weights.inception import INCEPTION
-from weights.llama import llamas
-from weights.llava import ORIGINAL, llavas
+from weights.llama import llamas, without_appended
+from weights.llava import HF, ORIGINAL, llavas
 from weights.qformer import QFORMERS, VITS
 from weights.rename import Checkpoint, Layout, Layouts, blank, layout_of, load_layout, rename
 from weights.unet import UNETS
@@ -317,11 +318,37 @@ def transformers_4_52(disk: Checkpoint) -> Checkpoint:
     return rewrite(transformers_5(disk), [(r"^model\.vision_tower", "model.vision_tower.vision_model")])
 
 
-def rewrite(file: Checkpoint, rules: list[tuple[str, str]]) -> Checkpoint:
+def rewrite(file: Checkpoint, rules: list[tuple[str, str | Callable]]) -> Checkpoint:
     for pattern, by in rules:
         file = {re.sub(pattern, by, name): x for name, x in file.items()}
     return file
 
+
+def llava_hf_5_llm(liuhaotian: Checkpoint) -> Checkpoint:
+    return transformers_5(llava_hf_llm(liuhaotian))
+
+
+def liuhaotian(disk: Checkpoint) -> Checkpoint:
+    """Without the image tower, and without the rows that were appended."""
+    file = {
+        k: x[:40] if k.endswith(("embed_tokens.weight", "lm_head.weight")) else x for k, x in disk.items()
+    }
+    rules = [
+        (r"^language_model\.model", "model"),
+        (r"^language_model\.lm_head", "lm_head"),
+        (r"^multi_modal_projector\.linear_(\d)", lambda m: f"model.mm_projector.{2 * int(m[1]) - 2}"),
+    ]
+    return rewrite({k: x for k, x in file.items() if not k.startswith("vision_tower.")}, rules)
+
+
+# LLaVA but for its image tower, which the original keeps in CLIP's own file
+TOWERLESS: Layouts = {
+    "vision_tower.vision_model.embeddings.class_embedding": Layout(
+        {row: None if ours and ours.startswith("image.") else ours for row, ours in HF.items()},
+        partial(without_appended, 40),
+    ),
+    "model.mm_projector.0.weight": Layout(ORIGINAL),
+}
 
 COMPVIS_UNET, COMPVIS_VAE = "model.diffusion_model.", "first_stage_model."
 # part: the layouts, the manifest of one file and what of it is the part's, how it is rewritten, the manifest of the other
@@ -336,6 +363,8 @@ TWINS = {
     "CLIP L/14, OpenAI and Hugging Face": (CLIPS, "openai_clip_vit_l14", "", hugging_face_clip, "hf_clip_vit_l14"),
     "CLIP B/16, OpenAI and Hugging Face": (CLIPS, "open_clip_vit_b16", "", hugging_face_clip, "hf_clip_vit_b16"),
     "LLM, Vicuna's names and llava-hf's": (llamas(40), "llava_v1_5_7b_liuhaotian", "", llava_hf_llm, ""),
+    "LLM, Vicuna's names and transformers 5's": (llamas(40), "llava_v1_5_7b_liuhaotian", "", llava_hf_5_llm, ""),
+    "LLaVA, llava-hf and liuhaotian": (TOWERLESS, "llava_1_5_7b_hf", "", liuhaotian, ""),
     "LLaVA, llava-hf and transformers 5": (llavas(40), "llava_1_5_7b_hf", "", transformers_5, "llava_1_5_7b_hf_transformers5_names"),
     "LLaVA, llava-hf and transformers 4.52": (llavas(40), "llava_1_5_7b_hf", "", transformers_4_52, ""),
 }  # fmt: skip
@@ -364,6 +393,8 @@ EXCHANGED = {
         ("mlp.gate", "mlp.up"),
         ("attn.q", "attn.o"),
     ],
+    "LLM, Vicuna's names and transformers 5's": [("embed", "lm_head"), ("mlp.gate", "mlp.up")],
+    "LLaVA, llava-hf and liuhaotian": [("embed", "lm_head"), ("mlp.gate", "mlp.up")],
     "LLaVA, llava-hf and transformers 5": [("attn_norm", "mlp_norm"), ("image.norm_pre", "image.norm_post")],
 }
 
@@ -382,6 +413,16 @@ def test_a_row_that_exchanges_two_tensors_of_one_shape_is_named(part: str):
         wrong = {name: Layout(swap(layout.table, ours, theirs), layout.transform)}
         found = differences(loaded(one, layouts), loaded(other, wrong))
         assert found and all(ours in name or theirs in name for name in found)
+
+
+def test_a_port_whose_keys_have_a_bias_is_refused_and_its_temperature_is_blip2s():
+    file = standin("hf_blip2_itm_vit_g", SMALL)
+    assert loaded(file, QFORMERS)["temp"].item() == pytest.approx(0.07)
+    name = "vision_model.encoder.layers.7.self_attn.qkv.bias"
+    n = len(file[name]) // 3
+    file[name][n] = 1e-6
+    with pytest.raises(UserError, match=rf"^{name}: its keys have a bias"):
+        loaded(file, VITS)
 
 
 def twins(part: str) -> tuple[Layouts, Checkpoint, Checkpoint]:

@@ -1,5 +1,6 @@
 """`python -m weights.verify` and `weights.convert`, on stand-ins in the containers of the originals."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -252,6 +253,19 @@ def test_what_stableviton_starts_from_is_told_under_its_name(tmp_path: Path, cap
         assert (code == 0) is good and (
             "its garment encoder is untrained" in lines["VITONHD.ckpt"]
         ) is not good
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(folder: Path, capsys, monkeypatch):
+    (folder / "vicuna-7b-v1.5").mkdir()
+    allowed = verify.main([str(folder)])
+    told = capsys.readouterr().out
+    assert allowed == 2 and "vicuna-7b-v1.5 holds no weights" in told
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) == folder)
+    verify.main([str(folder)])
+    assert "vicuna-7b-v1.5: Permission denied" in capsys.readouterr().out
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert verify.main([str(folder)]) == 2
+    assert capsys.readouterr().err == f"weights.verify: {folder}: Permission denied\n"
 
 
 def test_a_folder_that_is_none_is_one_line(tmp_path: Path, capsys):

@@ -170,7 +170,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()  # while a reader that has left is looked for
-    except (UserError, PermissionError) as error:  # a worker's comes with its traceback before it
+    except UserError as error:  # from a DataLoader's worker it comes with the worker's traceback before it
         told = str(error).strip().rpartition("\nunifashion.UserError: ")[2].splitlines()
         parallel.print_error_once(f"{program()}: {' '.join(told)}")
         sys.exit(2)

@@ -128,6 +128,8 @@ def shards_of(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is missing, or not a folder")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"{folder}: Permission denied")
     missing: list[str] = []
     for stem in STEMS:
         for ending in ENDINGS:

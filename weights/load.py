@@ -10,6 +10,7 @@ that draws needs no files of the LLM, one that writes none of the U-Net (`UniFas
 """
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def folder_of(preset: str, folder: Path | None = None) -> Path:
         raise UserError(f"unknown preset {preset!r}: it is one of {', '.join(PRESETS)}")
     if folder is not None and not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder of weights")
+    if folder is not None and not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"{folder}: Permission denied")
     return folder or FOLDERS[preset]
 
 

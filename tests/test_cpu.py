@@ -63,7 +63,7 @@ def test_under_autocast_too_and_gradients_pass(old):
         assert p.grad.dtype == torch.float32 and p.grad.any()
 
 
-def test_what_is_not_in_bfloat16_and_what_has_few_rows_is_as_it_was(old):
+def test_what_is_not_in_bfloat16_and_one_token_a_row_is_as_it_was(old):
     own = F.conv2d, F.linear
     cpu.float32_where_faster(CPU, torch.float32)
     cpu.float32_where_faster(torch.device("cuda"), torch.bfloat16)
@@ -71,8 +71,9 @@ def test_what_is_not_in_bfloat16_and_what_has_few_rows_is_as_it_was(old):
     cpu.float32_where_faster(CPU, torch.bfloat16)
     x, conv, _, rows, matrix = operands()
     assert torch.equal(F.conv2d(x.double(), conv.double()), own[0](x.double(), conv.double()))
-    few = rows[: cpu.FEW - 1]
-    assert torch.equal(F.linear(few, matrix), own[1](few, matrix))
+    token = rows[:, None]
+    assert torch.equal(F.linear(token, matrix), own[1](token, matrix))
+    assert torch.equal(F.linear(rows[:1], matrix), F.linear(rows, matrix)[:1])  # however many there are
 
 
 def test_a_cpu_with_avx512_keeps_its_own(monkeypatch):

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ATTENTION, _CONV, _LINEAR = F.scaled_dot_product_attention, F.conv2d, F.linear
-FEW = 16  # rows of a matrix product for which casting the matrix would take longer than the product
 BAND = 2**23  # numbers of a picture that are float32 at a time, 32 MB
 
 
@@ -42,7 +41,8 @@ def _narrow(x: Tensor) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not _narrow(x) or x.numel() // x.shape[-1] < FEW:
+    # For one token a row, as an LLM writes, casting the matrix takes longer than the product.
+    if not _narrow(x) or (x.ndim > 2 and x.shape[-2] == 1):
         return _LINEAR(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
         return _LINEAR(x.float(), weight.float(), bias if bias is None else bias.float()).bfloat16()

@@ -100,6 +100,19 @@ def test_a_pickle_of_a_later_protocol_is_refused_in_one_line(
     assert not trace.exists() and not recwarn
 
 
+def test_a_zip_file_that_was_packed_again_is_refused(tmp_path: Path):
+    """Mapped where its records are, their compressed bytes would be numbers."""
+    torch.save(checkpoint(), tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as old,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(UserError, match="b.pth: its record .* is compressed"):
+        read_checkpoint(tmp_path / "b.pth")
+
+
 @pytest.mark.parametrize("kind", ["a.safetensors", "zip.pth", "legacy.pth"])
 def test_a_file_cut_short_is_one_line_that_names_it(tmp_path: Path, kind: str):
     path = tmp_path / kind

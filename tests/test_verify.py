@@ -342,6 +342,13 @@ def test_what_was_converted_is_not_converted_again(folder: Path, capsys):
     assert first.stat().st_mtime_ns == before and not [*folder.glob(".*")]
 
 
+def test_a_tensor_and_its_transpose_in_one_place_are_converted(tmp_path: Path):
+    w = torch.arange(6.0).view(2, 3)
+    torch.save({"a": w, "b": w.t()}, tmp_path / "tied.pth")
+    read = read_checkpoint(convert.convert(tmp_path / "tied.pth"))
+    assert torch.equal(read["a"], w) and torch.equal(read["b"], w.t())
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_damaged_file_is_not_made_a_clean_one(folder: Path, capsys, monkeypatch, known: bool):
     if not known:

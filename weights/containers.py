@@ -80,6 +80,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _check_stored(path)
         if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
             return _read_torchscript(path)
         with torch.serialization.safe_globals(INERT), warnings.catch_warnings(action="ignore"):
@@ -147,6 +149,16 @@ def shards_of(folder: Path) -> list[Path]:
     if missing:
         raise UserError(f"{folder / missing[0]} is missing")
     raise UserError(f"{folder} holds no weights: neither model*.safetensors nor pytorch_model*.bin")
+
+
+def _check_stored(path: Path) -> None:
+    """Raise UserError for a zip file that was packed again: what is mapped of it would be its compressed bytes, taken for numbers."""
+    with zipfile.ZipFile(path) as file:
+        for record in file.infolist():
+            if "/data/" in record.filename and record.compress_type != zipfile.ZIP_STORED:
+                raise UserError(
+                    f"{path}: its record {record.filename} is compressed, as torch writes none: get the original"
+                )
 
 
 def check_sums(path: Path) -> None:
@@ -226,7 +238,9 @@ class _Module:
             if isinstance(value, Tensor):
                 found[prefix + name] = value
             elif isinstance(value, _Module):
-                found |= value.tensors(f"{prefix}{name}.")
+                found |= _Module.tensors(
+                    value, f"{prefix}{name}."
+                )  # a pickle may name an attribute `tensors`
         return found
 
 
@@ -279,4 +293,4 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
     root = _Modules(path, reader).load()
     if not isinstance(root, _Module):
         raise UserError(f"{path}: holds a {type(root).__name__}, where a TorchScript module was expected")
-    return root.tensors()
+    return _Module.tensors(root)

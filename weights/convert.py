@@ -46,7 +46,9 @@ def convert(path: Path) -> Path:
     for name, x in tensors.items():
         place = x.untyped_storage().data_ptr()
         # safetensors holds what is contiguous, and a place in memory once
-        tensors[name] = x.clone() if place in seen and x.numel() else x.contiguous()
+        tensors[name] = (
+            x.clone(memory_format=torch.contiguous_format) if place in seen and x.numel() else x.contiguous()
+        )
         seen.add(place)
     source = {"format": "pt", "source": path.name, "sha256": digest, "numbers": sha256_of(tensors)}
     part = out.with_name(f".{out.name}.part")  # a folder: safetensors has temporary files of its own

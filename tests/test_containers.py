@@ -100,17 +100,25 @@ def test_a_pickle_of_a_later_protocol_is_refused_in_one_line(
     assert not trace.exists() and not recwarn
 
 
-def test_a_zip_file_that_was_packed_again_is_refused(tmp_path: Path):
-    """Mapped where its records are, their compressed bytes would be numbers."""
+@pytest.mark.parametrize("packed", ["/data/0", "/data.pkl"])
+def test_a_zip_file_that_was_packed_again_is_refused(tmp_path: Path, packed: str):
+    """Mapped where its records are, their compressed bytes would be numbers; a program of 5 MB could be one of 10 GB."""
     torch.save(checkpoint(), tmp_path / "a.pth")
-    with (
-        zipfile.ZipFile(tmp_path / "a.pth") as old,
-        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as new,
-    ):
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    with pytest.raises(UserError, match="b.pth: its record .* is compressed"):
-        read_checkpoint(tmp_path / "b.pth")
+    script(tmp_path / "a.pt", Half())
+    for path in [*tmp_path.iterdir()]:
+        again = path.with_stem("b")
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(again, "w") as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name), zipfile.ZIP_DEFLATED if name.endswith(packed) else None)
+        with pytest.raises(UserError, match=f"{again}: its record .*{packed} is compressed"):
+            read_checkpoint(again)
+
+
+def test_a_bare_pickle_of_a_later_protocol_is_refused_by_what_it_asks_for(tmp_path: Path):
+    """Without the five that torch's own are."""
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Harmless(), protocol=4))
+    with pytest.raises(UserError, match=r"asks for tests\.test_containers\.Harmless"):
+        read_checkpoint(tmp_path / "bare.pth")
 
 
 @pytest.mark.parametrize("kind", ["a.safetensors", "zip.pth", "legacy.pth"])
@@ -145,11 +153,12 @@ def test_what_is_no_checkpoint_is_one_line_that_names_it(tmp_path: Path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "is a git-lfs pointer, not the file"),
         (b"<!DOCTYPE html>\n<html><body>404</body></html>", "is a web page, not a checkpoint"),
         (b"\n <html lang=en>", "is a web page, not a checkpoint"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is a web page, not a checkpoint"),
         (b"Invalid username or password.", "is a server's answer, not a checkpoint"),
         (b'{"error":"Access to model is restricted"}', "is a server's answer, not a checkpoint"),
         (b"\0" * 1000, "is zeros, not a checkpoint"),
     ],
-    ids=["empty", "git-lfs", "page", "page after a line", "login", "json", "zeros"],
+    ids=["empty", "git-lfs", "page", "page after a line", "xml", "login", "json", "zeros"],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a.bin"])
 def test_a_download_that_went_wrong_is_told_as_what_it_is(
@@ -215,6 +224,22 @@ def test_torchscript_whose_pickle_asks_for_more_is_refused_and_not_run(tmp_path:
     with pytest.raises(UserError, match=rf"^{evil}: refused, its pickle asks for (posix|nt)\.mkdir"):
         read_checkpoint(evil)
     assert not trace.exists()
+
+
+def test_a_module_named_as_a_method_is_a_module(tmp_path: Path):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Module()
+            self.part.tensors = nn.LayerNorm(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    assert read_checkpoint(script(tmp_path / "a.pt", Named())).keys() == {
+        "part.tensors.weight",
+        "part.tensors.bias",
+    }
 
 
 class Half(nn.Module):
@@ -295,6 +320,13 @@ def test_a_whole_set_of_shards_is_read_though_another_is_not_whole(tmp_path: Pat
         torch.save(checkpoint(), tmp_path / f"{name}.bin")
     save_file(checkpoint(), tmp_path / f"{names[0]}.safetensors")
     assert [path.name for path in shards_of(tmp_path)] == [f"{name}.bin" for name in names]
+    for path in (tmp_path / f"pytorch_model-0000{i}-of-00003.bin" for i in (1, 2, 3)):
+        torch.save(checkpoint(), path)  # of two whole sets the one of more
+    assert [path.name[-12:] for path in shards_of(tmp_path)] == ["of-00003.bin"] * 3
+    path.unlink()
+    assert [path.name for path in shards_of(tmp_path)] == [f"{name}.bin" for name in names]
+    for path in tmp_path.glob("*-of-00003.bin"):
+        path.unlink()
     (tmp_path / f"{names[1]}.bin").unlink()
     with pytest.raises(UserError, match=rf"^{tmp_path}/{names[1]}\.safetensors is missing$"):
         shards_of(tmp_path)

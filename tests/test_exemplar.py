@@ -112,6 +112,14 @@ def test_parity_notices_in_diffusers_table(
 # the published files
 
 
+@pytest.mark.parametrize("name", loading.FILES)
+def test_a_folder_in_the_place_of_the_file_is_one_line(tmp_path: Path, name: str):
+    path = tmp_path / loading.FILES[name][0]
+    path.mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"^{path} is a folder, not the file of this name$"):
+        loading.load_published(name, tmp_path)
+
+
 def test_the_full_parts_are_diffusers_published_file():
     with torch.device("meta"):
         parts = nn.ModuleDict({"image": ImageTower(L14.image), "exemplar": Exemplar(ExemplarConfig())})

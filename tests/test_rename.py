@@ -90,6 +90,14 @@ def test_every_tensor_arrives_and_the_checkpoint_is_unchanged():
     assert file.keys() == before.keys() and all(torch.equal(file[name], before[name]) for name in file)
 
 
+def test_what_needs_no_cast_is_taken_over_and_not_copied():
+    module, file = network(), checkpoint()
+    load_into(module, file, TABLE)
+    assert module[0].weight.data_ptr() == file["stem.weight"].data_ptr()
+    load_into(module, file, TABLE, dtype=torch.float64)
+    assert module[0].weight.data_ptr() != file["stem.weight"].data_ptr()
+
+
 def test_a_module_on_the_meta_device_is_filled():
     with torch.device("meta"):
         module = network()

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +15,18 @@ from safetensors import safe_open
 from tests.published import published
 from tests.standin import FILES as STANDINS
 from tests.standin import standin, write
+from unifashion import lora
 from unifashion.config import FULL
+from unifashion.model import UniFashion
 from unifashion.qformer import QFormerConfig
+from unifashion.runs import learned_state
 from unifashion.vae import VAEConfig
 from unifashion.vit import ViTConfig
 from weights import convert, inception, verify
 from weights.containers import read_checkpoint
 from weights.files import FILES, USES, source_of
 from weights.load import sha256
-from weights.rename import Layout
+from weights.rename import Layout, blank
 
 ROOT = Path(verify.__file__).parent.parent
 DIMS = {1408: 24, 4224: 72, 6144: 40, 30523: 37, 512: 20, 257: 5, 768: 12, 3072: 28, 256: 8}
@@ -154,6 +158,115 @@ def test_a_name_or_a_shape_that_has_no_place_is_named(folder: Path, capsys, monk
         write(changed, folder / BLIP2, "model")
         code, lines = told(folder, capsys)
         assert code == 2 and message in lines[BLIP2]
+
+
+# Of each file its manifests (for folders of several: by folder), and tensors of each of its parts
+WHOLE = {
+    EVA: ("lavis_eva_vit_g", ["blocks.38.attn.q_bias"]),
+    BLIP2: ("lavis_blip2_pretrained", ["ln_vision.bias", "Qformer.bert.encoder.layer.6.crossattention.self.key.weight"]),
+    "blip2-itm-vit-g/": ("hf_blip2_itm_vit_g", ["vision_model.post_layernorm.weight", "itm_head.bias"]),
+    "tuned_clip_best.pt": ("lavis_blip2_stage1_model_in_memory", ["visual_encoder.pos_embed", "itm_head.bias"]),
+    "llava-1.5-7b-hf/": ("llava_1_5_7b_hf", ["multi_modal_projector.linear_2.weight", "language_model.lm_head.weight"]),
+    "llava-v1.5-7b/": ("llava_v1_5_7b_liuhaotian", ["model.mm_projector.0.weight", "lm_head.weight"]),
+    "clip-vit-large-patch14-336/": ("hf_clip_vit_l14_336", ["vision_model.pre_layrnorm.weight"]),
+    "vicuna-7b-v1.5/": ("vicuna_7b_v1_5", ["model.norm.weight"]),
+    "VITONHD.ckpt": ("stableviton_VITONHD", ["proj_out.bias", "learnable_vector", "control_model.time_embed.0.weight"]),
+    "VITONHD_PBE_pose.ckpt": ("stableviton_VITONHD_PBE_pose", ["first_stage_model.encoder.conv_in.weight"]),
+    "VITONHD_VAE_finetuning.ckpt": ("stableviton_VITONHD_VAE_finetuning", ["post_quant_conv.bias"]),
+    "paint-by-example/": ("pbe_model_ckpt_compvis", ["proj_out.weight", "first_stage_model.encoder.conv_in.weight"]),
+    "clip-vit-large-patch14/": ("hf_clip_vit_l14", ["logit_scale", "text_model.final_layer_norm.weight"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_was_published_is_good_at_full_size_and_no_part_of_it_may_be_missing(
+    tmp_path: Path, monkeypatch, name: str
+):
+    manifest, parts = WHOLE[name]
+    file = published(manifest)
+    monkeypatch.setattr(verify, "opened", lambda path: file)
+    monkeypatch.setattr(verify, "pieces", lambda path: set())  # test_a_tokenizer_of_another_size, below
+    monkeypatch.setattr(verify, "read_checkpoint", lambda path: {"c.warp_zero_convs.0.weight": torch.ones(1)})
+    if name.endswith("/"):
+        (tmp_path / name).mkdir()
+        for empty in ("pytorch_model.bin", "model.safetensors", "model.ckpt", "merges.txt"):
+            (tmp_path / name / empty).touch()
+    else:
+        (tmp_path / name).touch()
+    good, line = verify.look(tmp_path, name)
+    assert good and "fits (" in line
+    for part in parts:
+        tensor = file.pop(part)
+        good, line = verify.look(tmp_path, name)
+        assert good is False and f"lacks {part}" in line
+        file[part] = tensor
+    for part, other in ((parts[0], torch.empty(7)), ("a.stray", torch.empty(1))):
+        file[part], before = other, file.get(part)
+        good, line = verify.look(tmp_path, name)
+        assert good is False and part in line
+        file[part] = before
+
+
+def test_every_file_is_tested_here():
+    elsewhere = {"bert_vocab.txt", INCEPTION, "unifashion/"}
+    assert WHOLE.keys() | elsewhere == verify.CHECKS.keys() == FILES.keys()
+
+
+def test_diffusers_paint_by_example_is_good_at_full_size_and_no_part_of_it_may_be_missing(
+    tmp_path: Path, monkeypatch
+):
+    parts = {"unet": "conv_norm_out.bias", "vae": "post_quant_conv.bias", "image_encoder": "uncond_vector"}
+    files = {part: published(f"pbe_diffusers_{part}") for part in parts}
+    monkeypatch.setattr(verify, "opened", lambda path: files[path.name])
+    monkeypatch.setattr(verify.exemplar, "read_folder", lambda path: files[path.name])
+    for part in parts:
+        (tmp_path / "paint-by-example" / part).mkdir(parents=True)
+    assert verify.look(tmp_path, "paint-by-example/")[0]
+    for part, lost in parts.items():
+        tensor = files[part].pop(lost)
+        good, line = verify.look(tmp_path, "paint-by-example/")
+        assert good is False and f"lacks {lost}" in line
+        files[part][lost] = tensor
+
+
+@pytest.mark.parametrize("name", ["vicuna-7b-v1.5/", "llava-v1.5-7b/", "llava-1.5-7b-hf/"])
+def test_a_tokenizer_of_another_size_is_told(tmp_path: Path, monkeypatch, name: str):
+    file = published(WHOLE[name][0])
+    monkeypatch.setattr(verify, "opened", lambda path: file)
+    (tmp_path / name).mkdir()
+    good, line = verify.look(tmp_path, name)
+    assert good is False and "tokenizer.model is missing" in line
+    shutil.copy(ROOT / "weights/tiny/llama_tokenizer.model", tmp_path / name / "tokenizer.model")
+    good, line = verify.look(tmp_path, name)
+    assert good is False and "tokenizer.model has 1024 pieces, not 32000" in line
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """What is in unifashion/model.safetensors."""
+    (tmp_path / "unifashion").mkdir()
+    (tmp_path / "unifashion/model.safetensors").touch()
+    model = blank(lambda: UniFashion(FULL, True, True))
+    with torch.device("meta"):
+        lora.inject(model.llama, FULL.lora)
+    public = ("vit", "vae", "llama")
+    file = learned_state(model, ["lora", *(name for name, _ in model.named_children() if name not in public)])
+    file["null_context"] = model.null_context
+    monkeypatch.setattr(verify, "opened", lambda path: file)
+    return file
+
+
+def test_a_trained_model_is_good_at_full_size_and_no_part_of_it_may_be_missing(tmp_path: Path, trained):
+    good, line = verify.look(tmp_path, "unifashion/")
+    assert good and "fits (float32)" in line
+    matrix = next(name for name in trained if name.endswith("lora_a"))
+    for name in ("unet.conv_out.bias", "text_adapter.weight", "null_context", matrix):
+        for other in (None, torch.empty(7)):
+            tensor = trained.pop(name)
+            trained |= {name: other} if other is not None else {}
+            good, line = verify.look(tmp_path, "unifashion/")
+            assert good is False and name.removeprefix("llama.") in line
+            trained[name] = tensor
 
 
 def test_words_of_another_number_are_told(folder: Path, capsys, monkeypatch):
@@ -328,6 +441,46 @@ def test_what_was_damaged_after_it_was_converted_is_told(folder: Path, capsys):
     path.write_bytes(flipped(path.read_bytes()))
     code, lines = told(folder, capsys)
     assert code == 2 and "damaged: its numbers are not those that were converted" in lines[BLIP2]
+
+
+def test_a_shard_that_was_damaged_after_it_was_converted_is_told(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setitem(verify.CHECKS, "vicuna-7b-v1.5/", lambda path: set())
+    folder = tmp_path / "vicuna-7b-v1.5"
+    folder.mkdir()
+    for i in (1, 2):
+        torch.save({f"x{i}": torch.arange(1000.0)}, folder / f"pytorch_model-0000{i}-of-00002.bin")
+        path = convert.convert(folder / f"pytorch_model-0000{i}-of-00002.bin")
+        path.with_suffix(".bin").unlink()
+    code, lines = told(tmp_path, capsys)
+    assert code == 0 and "as it was converted" in lines["vicuna-7b-v1.5/"]
+    path.write_bytes(flipped(path.read_bytes()))
+    code, lines = told(tmp_path, capsys)
+    assert code == 2 and f"{path}: damaged: its numbers are not" in lines["vicuna-7b-v1.5/"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda: torch.ones(3, dtype=torch.complex128),
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.empty(3, device="meta"),
+    ],
+    ids=["complex", "quantised", "sparse", "meta"],
+)
+def test_a_tensor_that_safetensors_does_not_hold_is_one_line(tmp_path: Path, capsys, odd):
+    with warnings.catch_warnings(action="ignore"):
+        torch.save({"a": torch.ones(2), "b": odd()}, tmp_path / "odd.pth")
+    assert convert.main([str(tmp_path / "odd.pth")]) == 2
+    assert "odd.pth: b is a tensor of a kind that safetensors does not hold\n" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.pth"]
+
+
+def test_a_tensor_that_is_not_contiguous_is_converted(tmp_path: Path):
+    w = torch.arange(6.0).view(2, 3)
+    torch.save({"a": w.t(), "b": torch.ones(2, 5)[:, ::2]}, tmp_path / "strided.pth")
+    read = read_checkpoint(convert.convert(tmp_path / "strided.pth"))
+    assert torch.equal(read["a"], w.t()) and torch.equal(read["b"], torch.ones(2, 3))
 
 
 def test_what_was_converted_is_not_converted_again(folder: Path, capsys):

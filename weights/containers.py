@@ -138,9 +138,8 @@ def shards_of(folder: Path) -> list[Path]:
             if (whole := folder / f"{stem}.{ending}").is_file():
                 return [whole]
             numbered = rf"{stem}-\d+-of-(\d+)\.{ending}"
-            counts = [m[1] for p in folder.iterdir() if (m := re.fullmatch(numbered, p.name))]
-            if counts:
-                n = max(counts)
+            counts = {m[1] for p in folder.iterdir() if (m := re.fullmatch(numbered, p.name))}
+            for n in sorted(counts, reverse=True):
                 names = [f"{stem}-{i:05}-of-{n}.{ending}" for i in range(1, int(n) + 1)]
                 lost = [name for name in names if not (folder / name).is_file()]
                 if not lost:
@@ -155,7 +154,8 @@ def _check_stored(path: Path) -> None:
     """Raise UserError for a zip file that was packed again: what is mapped of it would be its compressed bytes, taken for numbers."""
     with zipfile.ZipFile(path) as file:
         for record in file.infolist():
-            if "/data/" in record.filename and record.compress_type != zipfile.ZIP_STORED:
+            mapped = "/data/" in record.filename or record.filename.endswith(".pkl")
+            if mapped and record.compress_type != zipfile.ZIP_STORED:
                 raise UserError(
                     f"{path}: its record {record.filename} is compressed, as torch writes none: get the original"
                 )
@@ -183,15 +183,16 @@ def _refusal(path: Path, asked: str) -> UserError:
 
 def _unreadable(path: Path, zipped: bool) -> str:
     """What is said of a pickle that torch does not read without running it: if it asks for anything, what."""
-    told = "refused, its pickle is of a protocol that is not read without running it"
+    told, asked = "refused, its pickle is of a protocol that is not read without running it", []
     with suppress(Exception), zipfile.ZipFile(path) if zipped else open(path, "rb") as file:
         if zipped:
             pickles = file.open(next(name for name in file.namelist() if name.endswith("data.pkl")))
         else:
             pickles = file  # torch's old files are five, and then the numbers
-        asked = [name for _ in range(1 if zipped else 4) for name in _globals(pickles)]
-        if asked := [name for name in asked if not name.startswith(("torch.", "collections.OrderedDict"))]:
-            told += f", and asks for {asked[0]}"
+        for _ in range(1 if zipped else 4):  # where there are fewer, those before are known
+            asked += _globals(pickles)
+    if asked := [name for name in asked if not name.startswith(("torch.", "collections.OrderedDict"))]:
+        told += f", and asks for {asked[0]}"
     return f"{told}: save it again by torch.save, as it does by itself"
 
 
@@ -238,9 +239,8 @@ class _Module:
             if isinstance(value, Tensor):
                 found[prefix + name] = value
             elif isinstance(value, _Module):
-                found |= _Module.tensors(
-                    value, f"{prefix}{name}."
-                )  # a pickle may name an attribute `tensors`
+                # not value.tensors: a pickle may name an attribute so
+                found |= _Module.tensors(value, f"{prefix}{name}.")
         return found
 
 

@@ -35,6 +35,9 @@ def convert(path: Path) -> Path:
     if out == path:
         raise UserError(f"{path}: is safetensors already")
     tensors, seen = read_checkpoint(path), set()
+    for name, x in tensors.items():
+        if x.layout != torch.strided or x.is_quantized or x.is_meta or x.is_complex():
+            raise UserError(f"{path}: {name} is a tensor of a kind that safetensors does not hold")
     digest, known = sha256(path), FILES.get(path.name)
     if out.exists():
         if source_sha256(out) == digest:

@@ -171,35 +171,58 @@ def load_unifashion(
     model = _blank(preset, draws, writes)
     learned, _ = seen.apart(read_checkpoint(path), path)  # the record is for evaluations
     found = check_finished(path, learned, preset, draws, writes)
-    parts = nn.ModuleDict(model.named_children())
-    untouched = [part for part in parts if part not in found]
-    files = _public_files(preset, folder, untouched)
-
-    for part in untouched:
-        del parts[part]
-    absent = {
-        part for half, have in (("draws", draws), ("writes", writes)) if not have for part in HALVES[half]
-    }
-    learned = {k: v for k, v in learned.items() if part_of(k) not in absent}
+    files = _public_files(preset, folder, [part for part, _ in model.named_children() if part not in found])
     for name, tensor in learned.items():
-        if not tensor.isfinite().all():
+        if _is_of(name, draws, writes) and not tensor.isfinite().all():
             raise UserError(f"{path}: {name} is not finite: the run that wrote it diverged, or it is damaged")
-    own = {k: v for k, v in learned.items() if part_of(k) != "lora"}
-    adapter = {k.removeprefix("llama."): v for k, v in learned.items() if part_of(k) == "lora"}
-    del learned
-    if draws:
-        parts.register_parameter("null_context", model.null_context)
+    adapter = {k: v for k, v in learned.items() if part_of(k) == "lora" and writes}
+    own = {k: v for k, v in learned.items() if part_of(k) != "lora" and _is_of(k, draws, writes)}
     with naming(path, f"does not fit the preset {preset}"):
-        load_into(parts, own, {"*": "*"}, dtype=dtype, device=device)
-    if draws:
-        model.null_context = parts.null_context
+        _fill_learned(model, own, found, draws, dtype, device)
     _fill(model, files, preset, device, dtype, dtype)
     if writes:
-        lora.inject(model.llama, model.cfg.lora)
         with naming(path, f"does not fit the preset {preset}"):
-            lora.load_adapter(model.llama, adapter)
+            _fill_adapter(model, adapter)
         lora.merge(model.llama)
     return model.eval().requires_grad_(False)
+
+
+def check_learned(path: Path, tensors: dict[str, Tensor], preset: str) -> None:
+    """Raise UserError unless `tensors`, which may be on the meta device, are what `path` must hold: a whole trained model."""
+    learned, _ = seen.apart(tensors, path)
+    found, model = check_finished(path, learned, preset), _blank(preset, True, True)
+    with naming(path, f"does not fit the preset {preset}"):
+        _fill_learned(model, {k: v for k, v in learned.items() if part_of(k) != "lora"}, found, True)
+        _fill_adapter(model, {k: v for k, v in learned.items() if part_of(k) == "lora"})
+
+
+def _is_of(name: str, draws: bool, writes: bool) -> bool:
+    """Whether a learned tensor belongs to the halves that are wanted."""
+    return not any(
+        part_of(name) in HALVES[half] for half, have in (("draws", draws), ("writes", writes)) if not have
+    )
+
+
+def _fill_learned(
+    model: UniFashion,
+    own: dict[str, Tensor],
+    found: set[str],
+    draws: bool,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> None:
+    """Of a model on the meta device the parts that were trained as a whole."""
+    parts = nn.ModuleDict({name: part for name, part in model.named_children() if name in found})
+    if draws:
+        parts.register_parameter("null_context", model.null_context)
+    load_into(parts, own, {"*": "*"}, dtype=dtype, device=device)
+    if draws:
+        model.null_context = parts.null_context
+
+
+def _fill_adapter(model: UniFashion, adapter: dict[str, Tensor]) -> None:
+    lora.inject(model.llama, model.cfg.lora)
+    lora.load_adapter(model.llama, {k.removeprefix("llama."): v for k, v in adapter.items()})
 
 
 def check_finished(

@@ -34,8 +34,8 @@ from weights.clip import CLIPS, clip_files
 from weights.containers import check_sums, read_checkpoint, read_folder
 from weights.convert import check_converted, source_sha256
 from weights.files import FILES, USES, find
-from weights.llama import llamas
-from weights.load import check_finished, folder_of, learned_file, sha256
+from weights.llama import llamas, without_appended
+from weights.load import check_learned, folder_of, learned_file, sha256
 from weights.qformer import QFORMERS, VITS
 from weights.rename import Checkpoint, Layouts, blank, load_into, load_layout, rename
 from weights.unet import UNETS
@@ -66,7 +66,8 @@ def llava_15(path: Path) -> set[torch.dtype]:
 
 def liuhaotian(path: Path) -> set[torch.dtype]:
     file, model = opened(path), blank(lambda: LLaVA(LLAVA_7B))
-    load_into(nn.ModuleDict({"projector": model.projector, "llama": model.llama}), file, llava.ORIGINAL)
+    rest = nn.ModuleDict({"projector": model.projector, "llama": model.llama})
+    load_into(rest, without_appended(FULL.llama.vocab_size, file), llava.ORIGINAL)
     return {x.dtype for x in file.values()} | pieces(path)
 
 
@@ -137,8 +138,9 @@ def inception_names(path: Path) -> set[torch.dtype]:
 
 def unifashion(path: Path) -> set[torch.dtype]:
     path = learned_file("full", path.parent)
-    check_finished(path, opened(path), "full")
-    return set()
+    file = opened(path)
+    check_learned(path, file, "full")
+    return {x.dtype for x in file.values() if x.is_floating_point()}
 
 
 def found(folder: Path, *names: str) -> Path:
@@ -175,6 +177,16 @@ def files_of(path: Path) -> list[Path]:
     return sorted(x for x in path.rglob("*") if x.is_file()) if path.is_dir() else [path]
 
 
+def check_numbers(file: Path) -> str | None:
+    """-> the sha256 of what `file` was converted from, if it was. Raises UserError if its numbers are not what it says of them."""
+    source = source_sha256(file)
+    if source:
+        check_converted(file)
+    else:
+        check_sums(file)
+    return source
+
+
 def look(folder: Path, name: str) -> tuple[bool | None, str]:
     """-> whether `name` is good, None if it is not there, and a line about it."""
     known = FILES[name]
@@ -193,19 +205,17 @@ def look(folder: Path, name: str) -> tuple[bool | None, str]:
             if sha256(path) != known.sha256:
                 raise UserError("its sha256 is not the published one: damaged, or another file")
             told.append("sha256 as published")
-        elif source := source_sha256(path):
-            check_converted(path)
-            told.append("as it was converted")
-            if known.sha256:
+        else:
+            sources = {check_numbers(file) for file in files_of(path)} - {None}
+            if sources:
+                told.append("as it was converted")
+            if sources and known.sha256:
                 told[-1] += (
                     " from the published file"
-                    if source == known.sha256
+                    if sources == {known.sha256}
                     else " from another edition than the published one"
                 )
-        else:
-            for file in files_of(path):
-                check_sums(file)
-            if path.name != name.rstrip("/") or (known.exact and size != known.size):
+            if not sources and (path.name != name.rstrip("/") or (known.exact and size != known.size)):
                 told.append(f"another edition than the published one of {known.size:,} bytes")
     except (UserError, OSError) as error:
         return False, f"NOT GOOD     {' '.join(str(error).splitlines())}"

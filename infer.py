@@ -47,7 +47,7 @@ def tryon(args: argparse.Namespace) -> None:
     flags.check_tryon(args)
     published = args.model != "unifashion"
 
-    from unifashion import preprocess
+    from unifashion import fast, preprocess
     from unifashion.diffusion import timesteps
     from unifashion.stableviton import PUBLISHED
     from unifashion.tryon import draw, pasted, read_inputs, read_mask, result_paths
@@ -78,14 +78,17 @@ def tryon(args: argparse.Namespace) -> None:
         model = load_published(args.model, folder, device, dtype)
     else:
         model = load_unifashion(args.preset, args.weights, device, dtype)
+    fast.in_order(model)
     loaded = time.perf_counter()
     tell(args, notes)
+    if args.compile:
+        fast.compile_drawing(model, lambda note: tell(args, [note]))
     pictures = draw(model, inputs, args)
     drawn = time.perf_counter()
     for path, picture in zip(outs, pictures, strict=True):
         preprocess.save_png(pasted(picture, person, mask, box, canvas.size), path)
 
-    settings = ("model", "preset", "device", "dtype", "seed", "sampler", "steps", "guidance")
+    settings = ("model", "preset", "device", "dtype", "compile", "seed", "sampler", "steps", "guidance")
     used = {"out": [str(path) for path in outs], "weights": str(folder), "mask": mask_source}
     used |= {name: getattr(args, name) for name in settings}
     used |= {"seconds_loading": round(loaded - start, 2), "seconds_sampling": round(drawn - loaded, 2)}
@@ -101,7 +104,7 @@ def caption(args: argparse.Namespace) -> None:
     from functools import partial
 
     from unifashion import caption as captions
-    from unifashion import llava
+    from unifashion import fast, llava
     from weights.llava import llava_captioner, llava_tokenizer, load_llava
     from weights.load import captioner, llm_tokenizer, load_unifashion
 
@@ -125,6 +128,8 @@ def caption(args: argparse.Namespace) -> None:
 
     model = load(args.weights, device, dtype) if job.todo else None
     tell(args, notes)
+    if args.compile and model:
+        fast.compile_writing(model, lambda note: tell(args, [note]))
 
     def write(pictures: list[torch.Tensor]) -> list[Caption]:
         search = args.max_tokens, args.beams
@@ -308,6 +313,8 @@ def settle(args: argparse.Namespace, notes: list[str]) -> tuple[UniFashionConfig
     if args.preset == "tiny" and args.model == "unifashion":
         cpu.fast_malloc()  # of large tensors it keeps what fits no others: half a gigabyte of StableVITON's 5
     cpu.float32_where_faster(device, dtype)
+    if "compile" in args and args.compile is None:
+        args.compile = device.type == "cuda" and args.preset == "full"
     args.device, args.dtype = device.type, "bf16" if dtype == torch.bfloat16 else "fp32"
     torch.backends.cudnn.deterministic = True  # same seed, same machine: same bytes
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
@@ -326,6 +333,11 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--json", action="store_true", help="the report as one JSON object on stdout")
 
 
+def compile_argument(parser: argparse.ArgumentParser) -> None:
+    help_ = "the first picture takes minutes longer, the others less time (default: at full size on CUDA)"
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help=help_)
+
+
 def model_argument(parser: argparse.ArgumentParser, name: str, what: str) -> None:
     help_ = f"{name} is {what}: it needs none of our training (default %(default)s)"
     parser.add_argument("--model", choices=["unifashion", name], default="unifashion", help=help_)
@@ -338,6 +350,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = commands.add_parser("tryon", help=tryon.__doc__, description=tryon.__doc__)
     p.set_defaults(run=tryon)
     flags.tryon(p)
+    compile_argument(p)
     common_arguments(p)
 
     p = commands.add_parser("caption", help=caption.__doc__, description=caption.__doc__)
@@ -366,6 +379,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="a .jsonl, a line a picture, until all are done beside it as .part; pictures whose caption is in either "
         "are left out (default: the terminal)",
     )
+    compile_argument(p)
     common_arguments(p)
 
     p = commands.add_parser("index", help=index.__doc__, description=index.__doc__)

@@ -42,7 +42,7 @@ from tqdm import tqdm
 import infer
 import train_phase1
 import train_phase2
-from eval import captioning, composed, generation, jobs, retrieval, speed
+from eval import captioning, composed, generation, jobs, retrieval, timing
 from eval import miniature_tables as tables
 from eval.report import save_json
 from unifashion import Parser, UserError, training
@@ -217,7 +217,10 @@ def measure(run: Path, home: Path, args: argparse.Namespace) -> None:
 def carry_out(args: argparse.Namespace) -> None:
     """All jobs that are not done, `args.jobs` at a time, each in a process of its own, on a CPU pinned to its own cores."""
     places, device = jobs.places_of(args.jobs), training.pick_device(args.device)
-    on = {"device": device.type, "machine": speed.machine(device, training.compute_dtype(device, args.dtype))}
+    on = {
+        "device": device.type,
+        "machine": timing.machine(device, training.compute_dtype(device, args.dtype)),
+    }
     running: dict[str, tuple[subprocess.Popen, int, float]] = {}
     cpu = jobs.cpu_of_ended()
 
@@ -348,7 +351,7 @@ def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
     asked = {"steps of phase 1": STEPS, "steps of phase 2": TASK_STEPS}
     asked |= read_json(file) if file.is_file() else {}
     device = training.pick_device(args.device)
-    here = speed.machine(device, training.compute_dtype(device, args.dtype))
+    here = timing.machine(device, training.compute_dtype(device, args.dtype))
     machines = sorted({row["machine"] for row in took if "machine" in row})
     commits = {of["commit"] for _, of in told} | {read_json(f)["commit"] for f in trained if f.is_file()}
     return {

@@ -22,7 +22,6 @@ import json
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -32,13 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 import train_phase1
 import train_phase2
-from eval.speed import machine
+from eval.ledger import Ledger
+from eval.timing import machine
 from unifashion import Parser, UserError, cpu, feed, lora, training
 from unifashion.config import PRESETS, UniFashionConfig
 from unifashion.model import UniFashion
@@ -213,39 +210,6 @@ def step(s: Setup) -> Iterator[str]:
     if s.ema is not None and STAGES[s.stage][1] in ("generate", "tryon"):
         s.ema.update()
     yield "update"
-
-
-class Ledger(TorchDispatchMode):
-    """While it is on: the bytes of the tensors that are alive, with or without contents, their highest mark, and FLOPs."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = self.flops = 0
-        self.known: dict[int, weakref.ref] = {}
-        for x in known:
-            self.see(x)
-
-    def see(self, x: object) -> None:
-        if not isinstance(x, Tensor):
-            return
-        storage = x.untyped_storage()  # which views share, and which autograd keeps alive as Python does
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known[key] = weakref.ref(storage, lambda _: self.gone(key, size))
-            self.live += size
-            self.peak = max(self.peak, self.live)
-
-    def gone(self, key: int, size: int) -> None:
-        del self.known[key]
-        self.live -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(func.overloadpacket):
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
-        for x in tree_leaves(out):
-            self.see(x)
-        return out
 
 
 def like_cuda() -> dict[str, Callable[..., Tensor]]:

@@ -334,6 +334,7 @@ def test_what_was_used_is_told(room: Path, capsys: pytest.CaptureFixture):
         "preset": "tiny",
         "device": "cpu",
         "dtype": "fp32",
+        "compile": "False",
         "seed": "5",
         "sampler": "plms",
         "steps": "2",
@@ -354,6 +355,45 @@ def test_json_is_one_object_on_stdout_and_quiet_silences_the_rest(room: Path, ca
     assert used["notes"] == []
     assert tryon(room) == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_compiled_it_draws_the_same_and_says_what_that_took(
+    room: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    assert tryon(room) == 0
+    plain = (room / "out.png").read_bytes()
+    real, asked = torch.compile, []
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda f, mode=None, **how: (asked.append(mode), real(f, backend="eager", **how))[1],
+    )
+    capsys.readouterr()
+    assert tryon(room, "--compile", quiet=False) == 0
+    told = capsys.readouterr()
+    assert asked == ["reduce-overhead", None] and told.err.count("note: compiled the ") == 2
+    assert "compile           True" in told.out
+    assert (room / "out.png").read_bytes() == plain
+
+
+@pytest.mark.parametrize(
+    ("device", "preset", "flags", "compiles"),
+    [
+        ("cuda", "full", [], True),
+        ("cuda", "tiny", [], False),
+        ("cpu", "full", [], False),
+        ("cuda", "full", ["--no-compile"], False),
+        ("cpu", "tiny", ["--compile"], True),
+    ],
+)
+def test_at_full_size_on_cuda_it_compiles_unless_told(
+    room: Path, monkeypatch: pytest.MonkeyPatch, device: str, preset: str, flags: list[str], compiles: bool
+):
+    monkeypatch.setattr("unifashion.training.pick_device", lambda name: torch.device(device))
+    argv = ["tryon", "--person", "p.png", "--cloth", "c.png", "--out", "o.png", "--preset", preset]
+    args = infer.parse([*argv, *flags])
+    infer.settle(args, [])
+    assert args.compile is compiles
 
 
 def test_help_answers_without_torch():

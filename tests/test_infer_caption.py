@@ -668,7 +668,9 @@ def test_captions_by_another_model_are_not_mixed_with_ours(
 def test_an_out_folder_that_cannot_be_written_to_is_refused(
     bad: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("unifashion.caption.os.access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    monkeypatch.setattr(
+        "unifashion.caption.os.access", lambda path, mode: mode != os.W_OK
+    )  # root may write anywhere
     refused(bad, capsys, ["--image", "a.png", "--out", "out.jsonl"], "out.jsonl cannot be written")
 
 

@@ -65,7 +65,7 @@ def test_a_planted_violation_is_caught(path, source):
         ("unifashion/model.py", "from unifashion import diffusion, vit\nfrom unifashion.config import FULL"),
         ("weights/load.py", "from unifashion.model import UniFashion\nfrom weights.rename import load_into"),
         ("infer.py", "from weights.load import load_public\nfrom unifashion import UserError"),
-        ("eval/speed.py", "import diffusers\nimport infer"),
+        ("eval/peers.py", "import diffusers\nimport transformers"),
         ("tests/test_vit.py", "import transformers\nimport infer\nfrom eval.metrics import recall"),
     ],
 )
@@ -85,7 +85,7 @@ def violations(path: str, source: str) -> list[str]:
             found.append(f"{path}: {module} is above it")
         elif level == COMPONENT and not component_may(path, module):
             found.append(f"{path}: a component imports {module}")
-        elif module.split(".")[0] in REFERENCES and level != TESTS and path != "eval/speed.py":
+        elif module.split(".")[0] in REFERENCES and level != TESTS and path != "eval/peers.py":
             found.append(f"{path}: {module} is a reference, for tests only")
     return found
 

@@ -83,8 +83,8 @@ def test_guidance_is_away_from_the_learnable_vector_and_the_garment_stays(monkey
 
 CODE_FAULTS = {
     "scene before latent": ("predict_noise", "torch.cat([x, scene], dim=1)", "torch.cat([scene, x], dim=1)"),
-    "the garment encoder without context": ("predict_noise", "t, self.garment.context(context), hint", "t, self.garment.context(0 * context), hint"),
-    "the U-Net without context": ("predict_noise", "t, self.unet.context(context), inject", "t, self.unet.context(0 * context), inject"),
+    "the garment encoder without context": ("predict_noise", "self.garment.context(context) if hint is not None else []\n        out", "self.garment.context(0 * context) if hint is not None else []\n        out"),
+    "the U-Net without context": ("predict_noise", "self.unet.context(context)\n", "self.unet.context(0 * context)\n"),
     "zeros for the null vector": ("sample", "self.null_context.expand_as(context)", "0 * context"),
     "the hint is nulled, too": ("sample", "torch.cat([hint, hint])", "torch.cat([hint, 0 * hint])"),
     "the scene is nulled, too": ("sample", "torch.cat([scene, scene])", "torch.cat([scene, 0 * scene])"),

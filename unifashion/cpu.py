@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ATTENTION, _CONV, _LINEAR = F.scaled_dot_product_attention, F.conv2d, F.linear
+ATTENTION, CONV, LINEAR = F.scaled_dot_product_attention, F.conv2d, F.linear
 BAND = 2**23  # numbers of a picture that are float32 at a time, 32 MB
 
 
@@ -28,12 +28,12 @@ def float32_where_faster(device: torch.device, dtype: torch.dtype) -> None:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **how) -> Tensor:
     if not torch.is_grad_enabled():
-        return _ATTENTION(q, k, v, attn_mask, **how)
+        return ATTENTION(q, k, v, attn_mask, **how)
     wide = torch.promote_types(q.dtype, torch.float32)
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.to(wide)
     with torch.autocast("cpu", enabled=False):
-        return _ATTENTION(q.to(wide), k.to(wide), v.to(wide), attn_mask, **how).to(q.dtype)
+        return ATTENTION(q.to(wide), k.to(wide), v.to(wide), attn_mask, **how).to(q.dtype)
 
 
 def _narrow(x: Tensor) -> bool:
@@ -43,9 +43,9 @@ def _narrow(x: Tensor) -> bool:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # For one token a row, as an LLM writes, casting the matrix takes longer than the product.
     if not _narrow(x) or (x.ndim > 2 and x.shape[-2] == 1):
-        return _LINEAR(x, weight, bias)
+        return LINEAR(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
-        return _LINEAR(x.float(), weight.float(), bias if bias is None else bias.float()).bfloat16()
+        return LINEAR(x.float(), weight.float(), bias if bias is None else bias.float()).bfloat16()
 
 
 def _conv(
@@ -59,11 +59,11 @@ def _conv(
 ) -> Tensor:
     """Without a gradient in bands of rows: float32 copies of a whole picture in the VAE would take half a gigabyte."""
     if not _narrow(x) or groups > 1 or _pair(dilation) != (1, 1):
-        return _CONV(x, weight, bias, stride, padding, dilation, groups)
+        return CONV(x, weight, bias, stride, padding, dilation, groups)
     wide, shift = weight.float(), bias if bias is None else bias.float()
     with torch.autocast("cpu", enabled=False):
         if torch.is_grad_enabled() or x.numel() <= BAND:
-            return _CONV(x.float(), wide, shift, stride, padding).bfloat16()
+            return CONV(x.float(), wide, shift, stride, padding).bfloat16()
         (sy, sx), (py, px), (b, _, h, w), (c, _, ky, kx) = (
             _pair(stride),
             _pair(padding),
@@ -77,7 +77,7 @@ def _conv(
             top = start * sy - py
             bottom = top + (out.shape[2] - 1) * sy + ky
             band = F.pad(x[:, :, max(top, 0) : bottom].float(), (0, 0, max(-top, 0), max(bottom - h, 0)))
-            out.copy_(_CONV(band, wide, shift, (sy, sx), (0, px)))
+            out.copy_(CONV(band, wide, shift, (sy, sx), (0, px)))
         return y
 
 

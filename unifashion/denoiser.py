@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from unifashion.blocks import KV
 from unifashion.config import DenoiserConfig
 from unifashion.diffusion import ALPHAS, SAMPLERS, alphas_cumprod, guided, v_to_eps
 from unifashion.garment import GarmentEncoder
@@ -48,6 +49,23 @@ class Denoiser(nn.Module):
         poses = [torch.zeros_like(agnostic) if pose is None else pose] if self.cfg.posed else []
         return torch.cat([agnostic, keep, *poses], dim=1)
 
+    def network(
+        self,
+        x: Tensor,
+        t: Tensor,
+        for_unet: list[KV],
+        for_garment: list[KV],
+        hint: Tensor | None,
+        style: Tensor | None,
+        keep_hint: Tensor | None = None,
+    ) -> Tensor:
+        """The garment encoder, if there is a hint, and the U-Net: all that runs at every step. x (b,13,y,x) -> (b,4,y,x)."""
+        inject = None
+        if hint is not None:
+            features = self.garment(x, t, for_garment, hint, style)
+            inject = partial(self.garment.inject, features, keep_hint)
+        return self.unet(x, t, for_unet, inject, style)
+
     def predict_noise(
         self,
         x: Tensor,
@@ -63,13 +81,10 @@ class Denoiser(nn.Module):
         x (b,4,y,x) noisy latent, t (b,) timesteps, scene (b,9,y,x), context (b,q,context_dim),
         hint (b,4,y,x) scaled latent of the garment, keep_hint (b,) 1 or 0: with the garment, or without -> eps (b,4,y,x)
         """
-        unet_in = torch.cat([x, scene], dim=1)
-        inject = None
-        style = self.style(context)
-        if hint is not None:
-            features = self.garment(unet_in, t, self.garment.context(context), hint, style)
-            inject = partial(self.garment.inject, features, keep_hint)
-        out = self.unet(unet_in, t, self.unet.context(context), inject, style)
+        unet_in, style = torch.cat([x, scene], dim=1), self.style(context)
+        for_unet = self.unet.context(context)
+        for_garment = self.garment.context(context) if hint is not None else []
+        out = self.network(unet_in, t, for_unet, for_garment, hint, style, keep_hint)
         if self.cfg.prediction == "eps":
             return out
         # In bfloat16, 1 - a_t would be 0 where there is little noise.
@@ -106,11 +121,7 @@ class Denoiser(nn.Module):
             pair = torch.cat([x, x] if both else [x]).to(dtype)
             unet_in = torch.cat([pair, scene], dim=1)
             at = torch.full((len(unet_in),), t, device=x.device)
-            inject = None
-            if hint is not None:
-                features = self.garment(unet_in, at, for_garment, hint, style)
-                inject = partial(self.garment.inject, features, None)
-            out = self.unet(unet_in, at, for_unet, inject, style).to(noise.dtype)
+            out = self.network(unet_in, at, for_unet, for_garment, hint, style).to(noise.dtype)
             out = guided(*out.chunk(2), guidance) if both else out
             return out if self.cfg.prediction == "eps" else v_to_eps(out, x, ALPHAS[t])
 

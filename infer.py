@@ -296,7 +296,7 @@ def settle(args: argparse.Namespace, notes: list[str]) -> tuple[UniFashionConfig
     """Preset, device and dtype: what the user left open is decided, in `args` too, and noted."""
     import torch
 
-    from unifashion import cpu
+    from unifashion import cpu, fast
     from unifashion.config import PRESETS
     from unifashion.training import compute_dtype, pick_device
     from weights.load import default_preset, folder_of
@@ -313,11 +313,8 @@ def settle(args: argparse.Namespace, notes: list[str]) -> tuple[UniFashionConfig
     if args.preset == "tiny" and args.model == "unifashion":
         cpu.fast_malloc()  # of large tensors it keeps what fits no others: half a gigabyte of StableVITON's 5
     cpu.float32_where_faster(device, dtype)
-    if "compile" in args and args.compile is None:
-        args.compile = device.type == "cuda" and args.preset == "full"
     args.device, args.dtype = device.type, "bf16" if dtype == torch.bfloat16 else "fp32"
-    torch.backends.cudnn.deterministic = True  # same seed, same machine: same bytes
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    fast.repeatable()
     return PRESETS[args.preset], device, dtype
 
 
@@ -334,8 +331,10 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def compile_argument(parser: argparse.ArgumentParser) -> None:
-    help_ = "the first picture takes minutes longer, the others less time (default: at full size on CUDA)"
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help=help_)
+    help_ = (
+        "what runs at every step: minutes before the first one, less in later runs, and steps that are faster"
+    )
+    parser.add_argument("--compile", action="store_true", help=help_)
 
 
 def model_argument(parser: argparse.ArgumentParser, name: str, what: str) -> None:

@@ -42,9 +42,10 @@ from tqdm import tqdm
 import infer
 import train_phase1
 import train_phase2
-from eval import captioning, composed, generation, jobs, retrieval, timing
+from eval import captioning, composed, generation, jobs, retrieval
 from eval import miniature_tables as tables
 from eval.report import save_json
+from eval.timing import machine
 from unifashion import Parser, UserError, training
 from unifashion.data import read_json, toy
 from unifashion.data.fashioniq import CATEGORIES
@@ -206,8 +207,7 @@ def measure(run: Path, home: Path, args: argparse.Namespace) -> None:
         flags += [str(args.out / "judge"), "--sheet", str(run / "drawn.png")]
         evaluations["generation"] = (generation.main, [*drawn, *flags])
     for name, (main_of, flags) in evaluations.items():
-        out = run / f"{name}.json"
-        if not out.is_file():
+        if not (out := run / f"{name}.json").is_file():
             main_of([*flags, *common, "--out", str(out)])
 
 
@@ -217,10 +217,7 @@ def measure(run: Path, home: Path, args: argparse.Namespace) -> None:
 def carry_out(args: argparse.Namespace) -> None:
     """All jobs that are not done, `args.jobs` at a time, each in a process of its own, on a CPU pinned to its own cores."""
     places, device = jobs.places_of(args.jobs), training.pick_device(args.device)
-    on = {
-        "device": device.type,
-        "machine": timing.machine(device, training.compute_dtype(device, args.dtype)),
-    }
+    on = {"device": device.type, "machine": machine(device, training.compute_dtype(device, args.dtype))}
     running: dict[str, tuple[subprocess.Popen, int, float]] = {}
     cpu = jobs.cpu_of_ended()
 
@@ -351,7 +348,7 @@ def about(args: argparse.Namespace, results: tables.Results) -> dict[str, str]:
     asked = {"steps of phase 1": STEPS, "steps of phase 2": TASK_STEPS}
     asked |= read_json(file) if file.is_file() else {}
     device = training.pick_device(args.device)
-    here = timing.machine(device, training.compute_dtype(device, args.dtype))
+    here = machine(device, training.compute_dtype(device, args.dtype))
     machines = sorted({row["machine"] for row in took if "machine" in row})
     commits = {of["commit"] for _, of in told} | {read_json(f)["commit"] for f in trained if f.is_file()}
     return {

@@ -1,7 +1,7 @@
 """What a user would pick instead of ours: diffusers', transformers' and peft's networks, of the same sizes.
 
 The one file outside of tests/ that imports them; a UserError says which is not installed (all are in requirements-test.txt).
-Their weights are whatever `random_weights` in eval/speed.py makes them.
+Their weights are whatever `random_weights` in eval/workloads.py makes them.
 """
 
 import importlib

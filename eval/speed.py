@@ -45,7 +45,7 @@ from eval import workloads
 from eval.ledger import Ledger
 from eval.sizes import SIZES, Size
 from eval.timing import Call, Ceilings, Round, ceilings, machine, measure, median
-from eval.workloads import Place, Workload, photo, picture_files, silent
+from eval.workloads import Place, Workload, photo, picture_files
 from unifashion import Parser, UserError, cpu, fast, training, tryon
 from unifashion.preprocess import read_image
 from unifashion.stableviton import StableVITON
@@ -103,7 +103,7 @@ def cost(size: Size, place: Place, repeats: int) -> None:
     cfg = size.dressed
     model = fast.in_order(place.fill(partial(StableVITON, cfg)))
     if place.compiles:
-        fast.compile_drawing(model, silent)
+        fast.compile_drawing(model, lambda note: None)
     photos = [photo(cfg.picture, seed) for seed in range(3)]
     with tempfile.TemporaryDirectory() as folder:
         for name, numbers in (("pictures", size.counts), ("steps", size.steps)):
@@ -186,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     name = args.size or ("full" if cuda else "reduced")
     cpu.fast_malloc()
     cpu.float32_where_faster(device, dtype)
+    fast.repeatable()  # as infer.py
     torch.manual_seed(0)
     with torch.no_grad():
         most = ceilings(device, dtype)

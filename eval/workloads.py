@@ -1,7 +1,6 @@
 """The work that `eval.speed` times: ours, and the same by a peer, with what it computes and reads at least."""
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from eval import peers
 from eval.search_speed import random_catalog, searches_of
 from eval.sizes import Size
-from eval.timing import Call
+from eval.timing import CPU, Call
 from unifashion import fast, lora, training, tryon
 from unifashion.llama import Llama, generate
 from unifashion.model import UniFashion
@@ -110,7 +109,11 @@ def step_flops(cfg: StableVITONConfig, b: int) -> int:
 
 
 def step_bytes(model: StableVITON) -> int:
-    return size_of(model.unet, *([model.garment] if model.cfg.dresses else []))
+    if not model.cfg.dresses:
+        return size_of(model.unet)
+    parts = dict(model.garment.named_children())
+    read = parts.pop("encoder").blocks[: len(model.garment.control_convs)]  # the others are not run
+    return size_of(model.unet, read, *parts.values())
 
 
 def steps(size: Size, place: Place) -> Iterator[Workload]:
@@ -118,7 +121,7 @@ def steps(size: Size, place: Place) -> Iterator[Workload]:
         inputs, model = a_call(place, cfg, 2), fast.in_order(place.fill(partial(StableVITON, cfg)))
         calls: dict[str, Call] = {"ours": network_of(model, *inputs)}
         if place.compiles:
-            fast.compile_drawing(model, silent)
+            fast.compile_drawing(model, lambda note: None)
             calls["ours, compiled"] = network_of(model, *inputs)
         if name == "step":
             for who in ("diffusers", best(place, "diffusers")):
@@ -132,10 +135,6 @@ def steps(size: Size, place: Place) -> Iterator[Workload]:
                     0
                 ]
         yield Workload(name, 1, step_flops(cfg, 2), step_bytes(model), calls)
-
-
-def silent(note: str) -> None:
-    print(note, file=sys.stderr)
 
 
 def tryons(size: Size, place: Place) -> Iterator[Workload]:
@@ -158,7 +157,7 @@ def images(name: str, cfg: StableVITONConfig, size: Size, place: Place, folder: 
                 compiled(place, pipe.unet, mode="max-autotune", fullgraph=True)
                 compiled(place, pipe.vae, "decode", fullgraph=True)
     if place.compiles:
-        fast.compile_drawing(model, silent)
+        fast.compile_drawing(model, lambda note: None)
     photos = [photo(cfg.picture, seed) for seed in range(3)]
     with torch.device("meta"):
         shadow = StableVITON(cfg)
@@ -253,21 +252,33 @@ def writings(size: Size, place: Place) -> Iterator[Workload]:
         theirs = peers.llama(cfg).to(place.dtype).eval().requires_grad_(False)
     ours = blank(lambda: Llama(cfg)).eval().requires_grad_(False)
     load_into(ours, theirs.state_dict(), LLAMA)  # the same weights, not a copy
+    if place.compiles:
+        fast.compile_writing(nn.ModuleDict({"llama": ours}), lambda note: None)
     shadow = blank(lambda: Llama(cfg))
     for b in size.captions:
         prompt = 0.02 * place.draw(b, size.tokens, cfg.dim)
         mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device=place.device)
         ours_call = partial(generate, ours, prompt, mask, tokens, eos=-1)
         their_call = partial(peers.generate, theirs, prompt, tokens)
-        calls: dict[str, Call] = {"ours": ours_call, "transformers": their_call}
-        static = "transformers, static cache" + ", compiled" * place.compiles
+        calls: dict[str, Call] = {"ours": ours_call}
+        if place.compiles:
+            calls["ours, compiled"] = ours_call
+        calls["transformers"] = their_call
+        # which compiles by itself, but on no CPU
+        static = "transformers, static cache" + ", compiled" * (
+            place.compiles and place.device.type == "cuda"
+        )
         calls[static] = partial(their_call, cache_implementation="static")
-        if place.dtype == torch.float32 and not torch.equal(ours_call(), their_call()):
+        with torch.compiler.set_stance("force_eager"):
+            same = place.dtype != torch.float32 or torch.equal(ours_call(), their_call())
+        if not same:
             raise RuntimeError("the two write different tokens: their times would mean nothing")
         known = torch.empty(b, 1, cfg.dim, device="meta")
-        flops = tokens * count(lambda x=known: shadow.logits(shadow(x)))
-        flops += count(lambda x=prompt: shadow(x.to("meta", torch.float32)))
-        yield Workload(f"write, {b}", b * tokens, flops, tokens * size_of(ours), calls)
+        # The prompt gives the first token. Of the embeddings a step reads no more than its tokens' rows.
+        flops = (tokens - 1) * count(lambda x=known: shadow.logits(shadow(x)))
+        flops += count(lambda x=prompt: shadow.logits(shadow(x.to("meta", torch.float32))[:, -1]))
+        read = tokens * size_of(ours.layers, ours.norm, ours.lm_head)
+        yield Workload(f"write, {b}", b * tokens, flops, read, calls)
 
 
 def embeddings(size: Size, place: Place) -> Iterator[Workload]:
@@ -290,10 +301,11 @@ def embeddings(size: Size, place: Place) -> Iterator[Workload]:
 def searches(size: Size, place: Place) -> Iterator[Workload]:
     q, d = size.fashion.qformer.queries, size.fashion.qformer.embed_dim
     with tempfile.TemporaryDirectory() as folder:
-        found = searches_of(random_catalog(Path(folder), size.gallery, (q, d)), place.device)
+        # on the CPU, where the catalogue's file is mapped, and where the peer multiplies
+        found = searches_of(random_catalog(Path(folder), size.gallery, (q, d)), CPU)
         calls = {"ours": found["text"], "product": found["text, product"]}
-        read = size.gallery * q * d
-        yield Workload(f"search, {size.gallery:,}", 1, 2 * read, 2 * read, calls)
+        read = 2 * size.gallery * q * d if place.device == CPU else 0  # a GPU's speed is no floor
+        yield Workload(f"search, {size.gallery:,}", 1, read, read, calls)
 
 
 # training

@@ -1,6 +1,9 @@
 """What `unifashion/fast.py` compiles against the same without: the same results, one graph a shape, told once."""
 
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from tests.parity import randomise
 from tests.small_runs import MINI
-from unifashion import fast
+from unifashion import UserError, fast
 from unifashion.llama import Llama, LlamaConfig, generate
 from unifashion.model import UniFashion
 
@@ -17,8 +20,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def anew():
-    yield
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where kernels are kept; the user's own home, and what other tests compile, are left alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    yield tmp_path
     torch._dynamo.reset()
 
 
@@ -74,15 +81,35 @@ def test_a_graph_that_gives_every_result_in_the_same_place_is_no_trap(monkeypatc
     assert_same(draw(guidance=1.0), plain)
 
 
-@pytest.mark.slow
-def test_inductors_kernels_draw_the_same(monkeypatch, tmp_path):
-    monkeypatch.setattr(fast, "CACHE", tmp_path)
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+@pytest.mark.full  # minutes: of compiling
+def test_inductors_kernels_draw_the_same_and_are_kept_in_the_home(home: Path):
     model, draw = drawing()
-    plain = draw()
-    fast.compile_drawing(model, lambda note: None)
+    plain, told = draw(), []
+    fast.compile_drawing(model, told.append)
     assert_same(draw(), plain)
-    assert any(tmp_path.iterdir())
+    kept = home / ".cache/unifashion/kernels"
+    assert any(kept.iterdir()) and told[0].endswith(f"the kernels are kept in {kept}")
+
+
+def test_without_a_home_to_write_to_kernels_are_kept_where_torch_keeps_them(home: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(home / "file"))
+    (home / "file").touch()
+    assert fast._keep_kernels() == tempfile.gettempdir() and "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    assert fast._keep_kernels() == "mine"
+
+
+def test_where_torch_cannot_compile_it_is_one_line(monkeypatch):
+    def none(graph, inputs):
+        raise FileNotFoundError("no C++ compiler\nand more")
+
+    model, draw = drawing()
+    compiled_by(monkeypatch, none)
+    fast.compile_drawing(model, lambda note: None)
+    with pytest.raises(
+        UserError, match=r"^torch cannot compile the U-Net here \(.*no C\+\+ compiler.*\): leave out"
+    ):
+        draw()
 
 
 def test_compiled_it_writes_the_same_and_the_prompt_and_the_steps_are_few_graphs(monkeypatch):

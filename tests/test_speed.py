@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from eval import peers, search_speed, speed, timing, workloads
 from eval.sizes import SIZES
@@ -47,7 +48,35 @@ def test_every_workload_is_printed_beside_its_peer(capsys: pytest.CaptureFixture
         assert re.search(rf"^{re.escape(name)} +{peer} {TWO} +1\.00 ", out, re.MULTILINE), name
     for name in ("step, with the garment", "try-on, with the garment, PLMS 3, 2"):
         assert re.search(rf"^{name} +ours {TWO} +- ", out, re.MULTILINE)
-    assert "a straight line to" in out and len(re.findall(r"%.* \d\.\d{3}$", out, re.MULTILINE)) == 4  # GiB
+    assert (
+        "a straight line to" in out and len(re.findall(r"% +\S+ +\d\.\d{3}$", out, re.MULTILINE)) == 4
+    )  # GiB
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_ours_and_peers_do_the_same_and_only_they_are_compiled(monkeypatch, tmp_path):
+    """By a backend that runs what was traced: it counts the graphs."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    real, counter, how_asked = torch.compile, CompileCounter(), []
+
+    def compile_(f, mode=None, **how):
+        how_asked.append(how)
+        return real(f, backend=counter, **how)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    compiles = HERE._replace(compiles=True)
+    for works in (workloads.steps, workloads.tryons, workloads.decodings, workloads.writings):
+        going_on = works(SIZES["tiny"], compiles)  # with its folder
+        work, results = next(going_on), {}
+        for who, call in work.calls.items():
+            before = counter.frame_count
+            with speed.settings(who):
+                results[who] = call()
+            assert (counter.frame_count > before) is ("compiled" in who), (work.name, who)
+        assert torch.allclose(results["ours"], results["ours, compiled"], atol=1e-4), work.name
+        torch._dynamo.reset()
+    assert any(how.get("fullgraph") for how in how_asked)  # the peers': a pipeline's graph has no breaks
 
 
 def test_a_row_has_medians_the_ratio_of_rounds_and_the_share_of_the_floor(monkeypatch):

@@ -19,7 +19,7 @@ from unifashion import lora
 from unifashion.config import FULL
 from unifashion.model import UniFashion
 from unifashion.qformer import QFormerConfig
-from unifashion.runs import learned_state
+from unifashion.runs import learned_state, part_of
 from unifashion.vae import VAEConfig
 from unifashion.vit import ViTConfig
 from weights import convert, inception, verify
@@ -267,6 +267,11 @@ def test_a_trained_model_is_good_at_full_size_and_no_part_of_it_may_be_missing(t
             good, line = verify.look(tmp_path, "unifashion/")
             assert good is False and name.removeprefix("llama.") in line
             trained[name] = tensor
+    for part in ("text_adapter", "style_adapter", "lora"):
+        apart = {name: trained.pop(name) for name in list(trained) if part_of(name) == part}
+        good, line = verify.look(tmp_path, "unifashion/")
+        assert apart and good is False and f"holds no {part}: its training is not finished" in line
+        trained |= apart
 
 
 def test_words_of_another_number_are_told(folder: Path, capsys, monkeypatch):

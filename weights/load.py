@@ -190,7 +190,7 @@ def load_unifashion(
 def check_learned(path: Path, tensors: dict[str, Tensor], preset: str) -> None:
     """Raise UserError unless `tensors`, which may be on the meta device, are what `path` must hold: a whole trained model."""
     learned, _ = seen.apart(tensors, path)
-    found, model = check_finished(path, learned, preset), _blank(preset, True, True)
+    found, model = check_finished(path, learned, preset, True, True), _blank(preset, True, True)
     with naming(path, f"does not fit the preset {preset}"):
         _fill_learned(model, {k: v for k, v in learned.items() if part_of(k) != "lora"}, found, True)
         _fill_adapter(model, {k: v for k, v in learned.items() if part_of(k) == "lora"})

@@ -77,7 +77,7 @@ def size_of(*nets: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for net in nets for p in net.parameters())
 
 
-def compiled(place: Place, what: nn.Module, method: str = "forward", **how: object) -> Call:
+def compiled(what: nn.Module, method: str = "forward", **how: object) -> Call:
     """`what`, where its `method` is compiled. Eagerly it runs as before (`settings`)."""
     setattr(what, method, torch.compile(getattr(what, method), dynamic=False, **how))
     return what
@@ -129,7 +129,7 @@ def steps(size: Size, place: Place) -> Iterator[Workload]:
                 if who != "diffusers":
                     net = net.to(memory_format=torch.channels_last)
                 if "compiled" in who:
-                    net = compiled(place, net, mode="max-autotune", fullgraph=True)
+                    net = compiled(net, mode="max-autotune", fullgraph=True)
                 x, t, context, _ = inputs
                 calls[who] = lambda net=net, x=x, t=t, context=context: net(x, t, context, return_dict=False)[
                     0
@@ -154,8 +154,8 @@ def images(name: str, cfg: StableVITONConfig, size: Size, place: Place, folder: 
                 for net in (pipe.unet, pipe.vae):
                     net.to(memory_format=torch.channels_last)
             if "compiled" in who:
-                compiled(place, pipe.unet, mode="max-autotune", fullgraph=True)
-                compiled(place, pipe.vae, "decode", fullgraph=True)
+                compiled(pipe.unet, mode="max-autotune", fullgraph=True)
+                compiled(pipe.vae, "decode", fullgraph=True)
     if place.compiles:
         fast.compile_drawing(model, lambda note: None)
     photos = [photo(cfg.picture, seed) for seed in range(3)]
@@ -231,7 +231,7 @@ def decodings(size: Size, place: Place) -> Iterator[Workload]:
     calls["diffusers"] = lambda: theirs.decode(latent / cfg.vae.scale).sample
     in_order = place.fill(partial(peers.vae, cfg.vae)).to(memory_format=torch.channels_last)
     if place.compiles:
-        compiled(place, in_order, "decode", fullgraph=True)
+        compiled(in_order, "decode", fullgraph=True)
     calls[best(place, "diffusers")] = lambda: in_order.decode(latent / cfg.vae.scale).sample
     shadow = blank(lambda: VAE(cfg.vae))
     yield Workload(

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,14 @@ def compiled_by(monkeypatch: pytest.MonkeyPatch, backend: Callable | str) -> Non
     monkeypatch.setattr(torch, "compile", lambda f, mode=None, **how: real(f, backend=backend, **how))
 
 
-def drawing() -> tuple[UniFashion, Callable[..., list[Tensor]]]:
+def drawing(prediction: str = "v") -> tuple[UniFashion, Callable[..., list[Tensor]]]:
     """A model, and what draws and decodes with it: the latents after each step, and the picture."""
-    model = randomise(UniFashion(MINI), seed=0).float().eval().requires_grad_(False)
+    model = (
+        randomise(UniFashion(replace(MINI, prediction=prediction)), seed=0)
+        .float()
+        .eval()
+        .requires_grad_(False)
+    )
     torch.manual_seed(0)
     noise, hint = (torch.randn(1, 4, *MINI.latent) for _ in range(2))
     scene, context = torch.randn(1, 9, *MINI.latent), torch.randn(1, 3, MINI.unet.context_dim)
@@ -64,8 +70,8 @@ def test_compiled_it_draws_the_same_in_one_graph_of_all_that_a_step_runs(monkeyp
 
 
 def test_a_graph_that_gives_every_result_in_the_same_place_is_no_trap(monkeypatch):
-    """As those that CUDA records: without guidance, in float32, the sampler would keep what the next step overwrites."""
-    model, draw = drawing()
+    """As those that CUDA records: of eps without guidance, in float32, the sampler would keep what the next step overwrites."""
+    model, draw = drawing("eps")
     plain, place = draw(guidance=1.0), []
 
     def recorded(function, **how):

@@ -331,9 +331,7 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def compile_argument(parser: argparse.ArgumentParser) -> None:
-    help_ = (
-        "what runs at every step: minutes before the first one, less in later runs, and steps that are faster"
-    )
+    help_ = "what runs at every step: minutes before the first one, seconds in later runs, and steps that are faster"
     parser.add_argument("--compile", action="store_true", help=help_)
 
 

@@ -29,6 +29,7 @@ Both take turns in the same run, with random weights: only ratios within a run m
 import argparse
 import gc
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -60,6 +61,8 @@ def settings(name: str) -> Iterator[None]:
     with ExitStack() as stack:
         if "compiled" not in name:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            call = lambda recorded, *args: recorded.function(*args)  # noqa: E731
+            stack.enter_context(mock.patch.object(fast.Recorded, "__call__", call))
         if not name.startswith("ours"):
             as_it_was = {
                 "scaled_dot_product_attention": cpu.ATTENTION,
@@ -181,7 +184,10 @@ def main(argv: list[str] | None = None) -> None:
     dtype = training.compute_dtype(device, args.dtype)
     cuda = device.type == "cuda"
     if not cuda and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise UserError("--dtype is bf16, and this CPU has no such instructions: the peers would take hours")
+        print(
+            "note: this CPU has no instructions for bfloat16: peers take several times as long as ours",
+            file=sys.stderr,
+        )
     place = Place(device, dtype, cuda if args.compile is None else args.compile)
     name = args.size or ("full" if cuda else "reduced")
     cpu.fast_malloc()

@@ -4,7 +4,9 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from tests.parity import randomise
+from tests.recording import simulate
 from tests.small_runs import MINI
 from unifashion import UserError, fast
 from unifashion.llama import Llama, LlamaConfig, generate
@@ -32,24 +35,24 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def compiled_by(monkeypatch: pytest.MonkeyPatch, backend: Callable | str) -> None:
     """For inductor, which takes minutes, a backend that runs what was traced."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **how: real(f, backend=backend, **how))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
 
 
-def drawing(prediction: str = "v") -> tuple[UniFashion, Callable[..., list[Tensor]]]:
+def drawing(prediction: str = "v", device: str = "cpu") -> tuple[UniFashion, Callable[..., list[Tensor]]]:
     """A model, and what draws and decodes with it: the latents after each step, and the picture."""
     model = (
         randomise(UniFashion(replace(MINI, prediction=prediction)), seed=0)
-        .float()
+        .to(device, torch.float32)
         .eval()
         .requires_grad_(False)
     )
-    torch.manual_seed(0)
-    noise, hint = (torch.randn(1, 4, *MINI.latent) for _ in range(2))
-    scene, context = torch.randn(1, 9, *MINI.latent), torch.randn(1, 3, MINI.unet.context_dim)
 
     @torch.no_grad()
-    def draw(steps: int = 4, guidance: float = 2.0) -> list[Tensor]:
+    def draw(steps: int = 4, guidance: float = 2.0, seed: int = 0) -> list[Tensor]:
+        torch.manual_seed(seed)
+        noise, hint = (torch.randn(1, 4, *MINI.latent).to(device) for _ in range(2))
+        scene = torch.randn(1, 9, *MINI.latent).to(device)
+        context = torch.randn(1, 3, MINI.unet.context_dim).to(device)
         *latents, last = model.sample(noise, scene, context, hint, steps, "plms", guidance)
         return [*latents, last, model.vae.decode(last)]
 
@@ -69,22 +72,65 @@ def test_compiled_it_draws_the_same_in_one_graph_of_all_that_a_step_runs(monkeyp
     assert [note.partition(" in ")[0] for note in told] == ["compiled the U-Net", "compiled the VAE"]
 
 
-def test_a_graph_that_gives_every_result_in_the_same_place_is_no_trap(monkeypatch):
-    """As those that CUDA records: of eps without guidance, in float32, the sampler would keep what the next step overwrites."""
-    model, draw = drawing("eps")
-    plain, place = draw(guidance=1.0), []
+@pytest.mark.parametrize(("prediction", "guidance"), [("eps", 1.0), ("v", 2.0)])
+def test_recorded_it_draws_the_same(prediction: str, guidance: float, monkeypatch):
+    """Also of eps without guidance, where in float32 the sampler keeps what the network gave it: its own, not the graph's."""
+    model, draw = drawing(prediction)
+    one, two = draw(guidance=guidance), draw(7, guidance, seed=1)
+    simulate(monkeypatch)
+    calls, network = [], model.network
+    model.network = fast.Recorded(lambda *args: (calls.append(1), network(*args))[1])
+    # To the bit: what is computed is the same, where it lies is not.
+    assert all(map(torch.equal, draw(guidance=guidance), one))
+    assert all(map(torch.equal, draw(7, guidance, seed=1), two))
+    assert len(calls) == 2  # to warm up, and to be recorded
 
-    def recorded(function, **how):
-        def replay(*args):
-            if not place:
-                place.append(function(*args))
-            return place[0].copy_(function(*args))
 
-        return replay if "mode" in how else function
+@pytest.mark.parametrize("beams", [1, 2])
+def test_recorded_it_writes_the_same(beams: int, monkeypatch):
+    llama, write = writing()
+    plain, steps, step = write(beams), [], llama.step
+    simulate(monkeypatch)
+    llama.record = fast.Recorded
+    monkeypatch.setattr(llama, "step", lambda *args: (steps.append(args[2].shape), step(*args))[1])
+    assert all(map(torch.equal, write(beams), plain))
+    assert [n for _, n in steps] == [128, 128, 256, 256]  # of each text one step, twice
 
-    monkeypatch.setattr(torch, "compile", recorded)
-    fast.compile_drawing(model, lambda note: None)
-    assert_same(draw(guidance=1.0), plain)
+
+@pytest.mark.parametrize("wrong", ["where it lies", "what was first", "a number"])
+def test_the_simulated_graphs_notice(wrong: str, monkeypatch):
+    """A result that is not copied; inputs that are not; what depends on a number that changes from call to call."""
+    simulate(monkeypatch)
+    count = iter(range(9))
+    double = fast.Recorded(lambda x: 2 * x + (next(count) if wrong == "a number" else 0))
+    if wrong == "where it lies":
+        monkeypatch.setattr(Tensor, "clone", lambda x: x)
+    if wrong == "what was first":
+        monkeypatch.setattr(Tensor, "copy_", lambda x, y: x)
+    found = [double(torch.full((2,), x)) for x in (1.0, 2.0)]
+    assert [x[0].item() for x in found] != [2.0, 4.0]
+    with pytest.raises(AssertionError, match="_local_scalar_dense is not allowed while CUDA records"):
+        fast.Recorded(lambda x: x * x.sum().item())(torch.ones(2))
+
+
+def test_an_input_that_was_changed_where_it_is_is_read_again(monkeypatch):
+    simulate(monkeypatch)
+    x, double = torch.ones(2), fast.Recorded(lambda x: 2 * x)
+    assert torch.equal(double(x), 2 * x) and torch.equal(double(x.add_(1)), 2 * x)
+
+
+@pytest.mark.gpu
+def test_cudas_graphs_give_the_same():
+    model, draw = drawing("eps", "cuda")
+    plain = draw(guidance=1.0), draw(7, seed=1)
+    model.network = fast.Recorded(model.network)
+    assert_same(draw(guidance=1.0), plain[0])
+    assert_same(draw(7, seed=1), plain[1])
+    llama, write = writing("cuda")
+    plain = write(), write(2)
+    llama.record = fast.Recorded
+    for beams, texts in zip((1, 2), plain, strict=True):
+        assert all(map(torch.equal, write(beams), texts))
 
 
 @pytest.mark.full  # minutes: of compiling
@@ -109,33 +155,40 @@ def test_where_torch_cannot_compile_it_is_one_line(monkeypatch):
     def none(graph, inputs):
         raise FileNotFoundError("no C++ compiler\nand more")
 
-    model, draw = drawing()
     compiled_by(monkeypatch, none)
-    fast.compile_drawing(model, lambda note: None)
+    writer = SimpleNamespace(llama=SimpleNamespace(step=torch.neg, norm=torch.nn.LayerNorm(2)))
+    fast.compile_writing(writer, lambda note: None)
     with pytest.raises(
-        UserError, match=r"^torch cannot compile the U-Net here \(.*no C\+\+ compiler.*\): leave out"
+        UserError, match=r"^torch cannot compile the LLM's step here \(.*no C\+\+ compiler.*\): leave out"
     ):
-        draw()
+        writer.llama.step(torch.ones(2))
 
 
-def test_compiled_it_writes_the_same_and_the_prompt_and_the_steps_are_few_graphs(monkeypatch):
-    cfg = LlamaConfig(vocab_size=50, dim=24, depth=2, heads=3, mlp_dim=40, context=256)
-    llama = randomise(Llama(cfg), seed=1).float().eval().requires_grad_(False)
-    writer = torch.nn.ModuleDict({"llama": llama})
-    prompts = [torch.randn(2, t, cfg.dim, generator=torch.Generator().manual_seed(t)) for t in (9, 9)]
-
-    def write(beams: int = 1) -> list[Tensor]:
-        masks = [torch.ones(x.shape[:2], dtype=torch.bool) for x in prompts]
-        return [generate(llama, x, m, 100, eos=-1, beams=beams) for x, m in zip(prompts, masks, strict=True)]
-
-    plain, beams = write(), write(beams=2)
+def test_compiled_it_writes_the_same_and_a_step_is_one_graph_of_whatever_prompt(monkeypatch):
+    llama, write = writing()
+    plain, beams = write(), write(2)
     counter, told = CompileCounter(), []
     compiled_by(monkeypatch, counter)
-    fast.compile_writing(writer, told.append)
-    assert all(torch.equal(a, b) for a, b in zip(write(), plain, strict=True))
-    assert counter.frame_count == 3  # the prompt, a step, and a step with any number of tokens before it
-    assert all(torch.equal(a, b) for a, b in zip(write(beams=2), beams, strict=True))
+    fast.compile_writing(torch.nn.ModuleDict({"llama": llama}), told.append)
+    assert all(map(torch.equal, write(), plain))
+    assert counter.frame_count == 2  # a step, and one with any number of pieces of the cache
+    assert all(map(torch.equal, write(2), beams))
     assert len(told) == 1
+
+
+def writing(device: str = "cpu") -> tuple[Llama, Callable[..., list[Tensor]]]:
+    """An LLM, and what writes with it: after a short prompt and, two pieces of the cache in all, after a long one."""
+    cfg = LlamaConfig(vocab_size=50, dim=24, depth=2, heads=3, mlp_dim=40, context=256)
+    llama = randomise(Llama(cfg), seed=1).to(device, torch.float32).eval().requires_grad_(False)
+    prompts = [
+        torch.randn(2, t, cfg.dim, generator=torch.Generator().manual_seed(t)).to(device) for t in (9, 60)
+    ]
+
+    def write(beams: int = 1) -> list[Tensor]:
+        masks = [torch.ones(x.shape[:2], dtype=torch.bool, device=device) for x in prompts]
+        return [generate(llama, x, m, 100, eos=-1, beams=beams) for x, m in zip(prompts, masks, strict=True)]
+
+    return llama, write
 
 
 def assert_same(found: list[Tensor], plain: list[Tensor]) -> None:

@@ -276,7 +276,7 @@ def test_the_cache_stays_where_it_is_and_as_large(beams: int, monkeypatch: pytes
     monkeypatch.setattr(llama, "Steps", Watched)
     llama.generate(ours, prompt, mask, TOKENS, -1, beams)
     assert len(seen) == TOKENS and all(place == seen[0] for place in seen)
-    assert {shape for _, shape in seen[0]} == {(3, 4 * beams, 4, 7 + TOKENS, 10)}
+    assert {shape for _, shape in seen[0]} == {(3, 4 * beams, 4, llama.PIECE, 10)}
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -432,7 +432,7 @@ CODE_FAULTS = {
     "padding counted in steps": ("greedy", "Llama.forward", "(mask.cumsum(1) - 1).clamp(min=0)[:, at]", "at[None]"),
     "last column for last token": ("greedy", "Steps.__init__", "last = (mask * self.slots[:t]).argmax(1)", "last = self.slots[:t].argmax() + 0 * mask.sum(1)"),
     "a step's slot not counted": ("greedy", "Steps.take", "self.slot += 1", "pass"),
-    "steps from the prompt's last slot": ("greedy", "Steps.__init__", "self.llama, self.slot = llama, t", "self.llama, self.slot = llama, t - 1"),
+    "steps from the prompt's last slot": ("greedy", "Steps.__init__", "self.slot = t\n", "self.slot = t - 1\n"),
     "beams keep their own past": ("beams", "Steps.take", "self.cache.pick(rows)", "pass"),
     "values keep their own past": ("beams", "KVCache.pick", "(*self.k, *self.v):", "self.k:"),
 }  # fmt: skip

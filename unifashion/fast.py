@@ -1,4 +1,4 @@
-"""What makes a finished model faster and leaves its results as they are, to rounding: order in memory, and compiling.
+"""What makes a finished model faster and leaves its results as they are, to rounding: order in memory, compiling, CUDA's graphs.
 
 What is fast in itself is where it is written: fused attention in every component, keys and values of a context once per
 picture, guidance as one batch, the LLM's static cache. What a CPU has to be told is in `cpu.py`.
@@ -13,7 +13,8 @@ from functools import wraps
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from unifashion import UserError
 
@@ -38,27 +39,74 @@ def in_order(model: nn.Module) -> nn.Module:
 
 def compile_drawing(model: nn.Module, tell: Callable[[str], None]) -> None:
     """
-    Compile what `Denoiser.sample` runs at every step as one graph, on CUDA one that is recorded and replayed, and the VAE's decoder.
+    Compile what `Denoiser.sample` runs at every step as one graph, which CUDA records and replays, and the VAE's decoder.
 
     tell  is given a line after the first call of each, which compiles it: minutes, and less where the kernels are kept
 
     The first call raises UserError where torch cannot compile, as without a C++ compiler.
     """
     kept = _keep_kernels()
-    network = torch.compile(model.network, mode="reduce-overhead", dynamic=False)
-
-    def step(*args):
-        return network(*args).clone()  # a recorded graph gives every result in the same place
-
-    model.network = _timed(step, "the U-Net", kept, tell)
+    model.network = _timed(torch.compile(model.network, dynamic=False), "the U-Net", kept, tell)
+    if model.device.type == "cuda":
+        model.network = Recorded(model.network)
     model.vae.decode = _timed(torch.compile(model.vae.decode, dynamic=False), "the VAE", kept, tell)
 
 
 def compile_writing(model: nn.Module, tell: Callable[[str], None]) -> None:
-    """As `compile_drawing`, of the LLM: once for the prompt, twice for the steps, then for any number of tokens before them."""
-    model.llama.forward = _timed(
-        torch.compile(model.llama.forward), "the LLM's prompt", _keep_kernels(), tell
-    )
+    """As `compile_drawing`, of the LLM's step. The prompt, which is read once, is read as it is written."""
+    llama = model.llama
+    llama.step = _timed(torch.compile(llama.step), "the LLM's step", _keep_kernels(), tell)
+    if llama.norm.weight.is_cuda:
+        llama.record = Recorded
+
+
+class Recorded:
+    """
+    A function whose kernels are recorded as a CUDA graph, and from then on launched as one: of the thousand of a step many are done
+    before Python has asked for the next.
+
+    function  of tensors, in lists, too, and None -> a tensor. It runs twice for each set of shapes, without waiting for the device;
+              what else it reads or writes, weights or the LLM's cache, has to stay where it is
+
+    A graph reads and writes the places that it was recorded with, so that inputs are copied there, and results from there.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.held: dict[
+            tuple, list[tuple[Tensor, int]]
+        ] = {}  # in these places: what, and which version of it
+
+    def __call__(self, *args) -> Tensor:
+        given = tensors(args)
+        shapes = tuple(x.shape for x in given)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = self.record(args)
+            self.held[shapes] = [(x, x._version) for x in given]
+        graph, places, result = self.graphs[shapes]
+        for place, x, (last, version) in zip(places, given, self.held[shapes], strict=True):
+            if x is not last or x._version != version:  # a picture's context is the same at every step
+                place.copy_(x)
+        self.held[shapes] = [(x, x._version) for x in given]
+        graph.replay()
+        return result.clone()
+
+    def record(self, args: tuple) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        args = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        # Libraries choose kernels and take memory at their first call, which may not be recorded.
+        with torch.cuda.stream(side):
+            self.function(*args)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            result = self.function(*args)
+        return graph, tensors(args), result
+
+
+def tensors(args: tuple) -> list[Tensor]:
+    return [x for x in tree_leaves(args) if isinstance(x, Tensor)]
 
 
 def _keep_kernels() -> str:

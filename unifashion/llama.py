@@ -5,10 +5,11 @@
     x = x + attn(attn_norm(x))        q, k, v, o without biases; q and k are rotated by their positions
     x = x + mlp(mlp_norm(x))          down(silu(gate(x)) * up(x))
 
-Generation reads the prompt once; after that every step is one token for each row, in buffers whose shapes never change.
+Generation reads the prompt once; after that every step is one token for each row, in buffers that stay where they are.
 Original layout: Hugging Face's, as Vicuna-7B v1.5 is published.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+PIECE = 128  # a cache has a multiple of so many slots, so that few shapes occur
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ class Llama(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.checkpointing = False  # in training, layers are computed again in the backward pass: less memory
+        self.record: Callable[[Callable], Callable] | None = None  # `fast.py`: makes CUDA graphs of `step`
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Layer(cfg, i) for i in range(cfg.depth))
         self.norm = RMSNorm(cfg.dim, cfg.eps)
@@ -178,6 +182,13 @@ class Llama(nn.Module):
         """hidden (...,dim) from `forward` -> (...,vocab_size), in float32 at least, as the softmax wants them."""
         logits = self.lm_head(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def step(self, cache: KVCache, tokens: Tensor, mask: Tensor, slot: Tensor) -> Tensor:
+        """
+        All that one step of generation computes: each row's next token, tokens (b,), into `slot` (1,) of the cache; mask (b,n) as
+        in `forward` -> logits (b,vocab_size) of the one after it.
+        """
+        return self.logits(self(self.embed(tokens[:, None]), mask, cache, slot)[:, 0])
 
 
 def rotations(positions: Tensor, cfg: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -229,19 +240,21 @@ class Steps:
 
     def __init__(self, llama: Llama, prompt: Tensor, mask: Tensor, max_tokens: int, beams: int = 1) -> None:
         b, t, _ = prompt.shape
-        n = t + max_tokens
-        self.llama, self.slot = llama, t
+        n = -(-(t + max_tokens) // PIECE) * PIECE
+        self.slot = t
         self.slots = torch.arange(n, device=prompt.device)
-        self.mask = F.pad(mask, (0, max_tokens), value=True)
+        self.mask = F.pad(mask, (0, n - t), value=True)
         like = llama.norm.weight  # what training in shards leaves whole
         self.cache = KVCache(llama.cfg, b, n, like)
-        hidden = llama(prompt, self.mask, self.cache, self.slots[:t])
+        hidden = llama(prompt, mask, self.cache, self.slots[:t])
         last = (mask * self.slots[:t]).argmax(1)  # of the prompt's tokens, where padding is on the right
         # (b,vocab) of the next token
         self.logits = llama.logits(hidden[torch.arange(b, device=mask.device), last])
         if beams > 1:
             self.mask = self.mask.repeat_interleave(beams, 0)
             self.cache.k, self.cache.v = (x.repeat_interleave(beams, 1) for x in (self.cache.k, self.cache.v))
+        step = partial(llama.step, self.cache)
+        self.step = llama.record(step) if llama.record else step
 
     def take(self, tokens: Tensor, rows: Tensor | None = None) -> None:
         """tokens (b,), the next of each row; rows (b,) which rows they continue, if not their own. -> new `logits`."""
@@ -249,9 +262,7 @@ class Steps:
             self.cache.pick(rows)
         slot = self.slots[self.slot : self.slot + 1]
         self.slot += 1
-        seen = -(-self.slot // 32) * 32  # what is empty still is mostly left out, and yet few shapes occur
-        hidden = self.llama(self.llama.embed(tokens[:, None]), self.mask[:, :seen], self.cache, slot)
-        self.logits = self.llama.logits(hidden[:, 0])
+        self.logits = self.step(tokens, self.mask, slot)
 
 
 @torch.no_grad()

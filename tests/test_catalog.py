@@ -34,8 +34,9 @@ def test_a_hundred_thousand_are_found_as_by_a_loop_in_float64(kind, monkeypatch)
     assert_found(planted(kind, 100_000, 4, 16))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow if "half" in k else pytest.mark.full) for k in KINDS]
+)
 def test_at_full_size_a_hundred_thousand_are_found_as_by_a_loop_in_float64(kind):
     assert_found(planted(kind, 100_000, 32, 256))
 

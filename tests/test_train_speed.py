@@ -389,7 +389,7 @@ def test_bad_arguments_are_one_line(flags, told):
 # FULL
 
 
-@pytest.mark.slow
+@pytest.mark.full  # minutes
 def test_every_stage_of_the_full_size_fits_a_card_of_80_gb():
     rows = {x: train_speed.compute(x, FULL, train_speed.default_batch(x, "full")) for x in STAGES}
     assert all(row.peak < 0.9 * train_speed.CARD for row in rows.values()), train_speed.report(

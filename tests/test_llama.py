@@ -271,12 +271,12 @@ def test_the_cache_stays_where_it_is_and_as_large(beams: int, monkeypatch: pytes
             self.note()
 
         def note(self) -> None:
-            seen.append([(x.data_ptr(), tuple(x.shape)) for x in (self.cache.k, self.cache.v)])
+            seen.append([(x.data_ptr(), tuple(x.shape)) for x in (*self.cache.k, *self.cache.v)])
 
     monkeypatch.setattr(llama, "Steps", Watched)
     llama.generate(ours, prompt, mask, TOKENS, -1, beams)
     assert len(seen) == TOKENS and all(place == seen[0] for place in seen)
-    assert {shape for _, shape in seen[0]} == {(3, 4 * beams, 4, llama.PIECE, 10)}
+    assert {shape for _, shape in seen[0]} == {(4 * beams, 4, llama.PIECE, 10)} and len(seen[0]) == 2 * 3
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from unifashion import UserError
 
@@ -33,8 +33,11 @@ def in_order(model: nn.Module) -> nn.Module:
     On CUDA channels last, in what draws: cuDNN's convolutions in bfloat16 read pixels, not channels, one after the other. On a
     CPU it made no difference that could be measured (`eval/speed.md`).
     """
-    cuda = next(model.parameters()).is_cuda
-    return model.to(memory_format=torch.channels_last) if cuda else model
+    return model.to(memory_format=torch.channels_last) if on_cuda(model) else model
+
+
+def on_cuda(model: nn.Module) -> bool:
+    return next(model.parameters()).is_cuda
 
 
 def compile_drawing(model: nn.Module, tell: Callable[[str], None]) -> None:
@@ -47,7 +50,7 @@ def compile_drawing(model: nn.Module, tell: Callable[[str], None]) -> None:
     """
     kept = _keep_kernels()
     model.network = _timed(torch.compile(model.network, dynamic=False), "the U-Net", kept, tell)
-    if model.device.type == "cuda":
+    if on_cuda(model):
         model.network = Recorded(model.network)
     model.vae.decode = _timed(torch.compile(model.vae.decode, dynamic=False), "the VAE", kept, tell)
 
@@ -56,7 +59,7 @@ def compile_writing(model: nn.Module, tell: Callable[[str], None]) -> None:
     """As `compile_drawing`, of the LLM's step. The prompt, which is read once, is read as it is written."""
     llama = model.llama
     llama.step = _timed(torch.compile(llama.step), "the LLM's step", _keep_kernels(), tell)
-    if llama.norm.weight.is_cuda:
+    if on_cuda(llama):
         llama.record = Recorded
 
 
@@ -74,26 +77,21 @@ class Recorded:
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
-        self.held: dict[
-            tuple, list[tuple[Tensor, int]]
-        ] = {}  # in these places: what, and which version of it
 
     def __call__(self, *args) -> Tensor:
-        given = tensors(args)
-        shapes = tuple(x.shape for x in given)
-        if shapes not in self.graphs:
-            self.graphs[shapes] = self.record(args)
-            self.held[shapes] = [(x, x._version) for x in given]
-        graph, places, result = self.graphs[shapes]
-        for place, x, (last, version) in zip(places, given, self.held[shapes], strict=True):
-            if x is not last or x._version != version:  # a picture's context is the same at every step
-                place.copy_(x)
-        self.held[shapes] = [(x, x._version) for x in given]
+        leaves, structure = tree_flatten(args)
+        kind = structure, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves)
+        if kind not in self.graphs:
+            self.graphs[kind] = self.record(args)
+        graph, places, result = self.graphs[kind]
+        for place, x in zip(places, tensors(leaves), strict=True):
+            place.copy_(x)
         graph.replay()
         return result.clone()
 
     def record(self, args: tuple) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        args = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
+        """-> a graph, the places that it reads, and the one that it writes."""
+        args = tree_map_only(Tensor, torch.clone, args)
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         # Libraries choose kernels and take memory at their first call, which may not be recorded.
@@ -102,11 +100,11 @@ class Recorded:
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph):
             result = self.function(*args)
-        return graph, tensors(args), result
+        return graph, tensors(tree_leaves(args)), result
 
 
-def tensors(args: tuple) -> list[Tensor]:
-    return [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+def tensors(leaves: list) -> list[Tensor]:
+    return [x for x in leaves if isinstance(x, Tensor)]
 
 
 def _keep_kernels() -> str:

@@ -58,18 +58,23 @@ class KVCache:
     """
 
     def __init__(self, cfg: LlamaConfig, b: int, n: int, like: Tensor) -> None:
-        shape = (cfg.depth, b, cfg.heads, n, cfg.dim // cfg.heads)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        shape = (b, cfg.heads, n, cfg.dim // cfg.heads)
+        # One tensor a layer: of what is a part of another torch.compile would copy the whole at every step.
+        self.k, self.v = ([like.new_zeros(shape) for _ in range(cfg.depth)] for _ in range(2))
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v (b,h,t,d) into `slots` (t,) -> all of that layer's (b,h,n,d)."""
-        self.k[layer].index_copy_(2, slots, k.to(self.k.dtype))
-        self.v[layer].index_copy_(2, slots, v.to(self.v.dtype))
+        self.k[layer].index_copy_(2, slots, k.to(self.k[layer].dtype))
+        self.v[layer].index_copy_(2, slots, v.to(self.v[layer].dtype))
         return self.k[layer], self.v[layer]
+
+    def repeat(self, times: int) -> None:
+        """Each row becomes so many."""
+        self.k, self.v = ([x.repeat_interleave(times, 0) for x in layers] for layers in (self.k, self.v))
 
     def pick(self, rows: Tensor) -> None:
         """Row i becomes what row rows[i] was: beams that go on from another beam take over its past."""
-        for layer in (*self.k, *self.v):  # one at a time: a copy of one, not of all
+        for layer in (*self.k, *self.v):
             layer.copy_(layer[rows])
 
 
@@ -159,7 +164,7 @@ class Llama(nn.Module):
         """
         t = x.shape[1]
         if mask is None and cache is not None:  # its slots are not the columns of x
-            mask = torch.ones(len(x), cache.k.shape[3], dtype=torch.bool, device=x.device)
+            mask = torch.ones(len(x), cache.k[0].shape[2], dtype=torch.bool, device=x.device)
         bias = None
         positions = torch.arange(t, device=x.device)[None]
         if mask is not None:
@@ -252,7 +257,7 @@ class Steps:
         self.logits = llama.logits(hidden[torch.arange(b, device=mask.device), last])
         if beams > 1:
             self.mask = self.mask.repeat_interleave(beams, 0)
-            self.cache.k, self.cache.v = (x.repeat_interleave(beams, 1) for x in (self.cache.k, self.cache.v))
+            self.cache.repeat(beams)
         step = partial(llama.step, self.cache)
         self.step = llama.record(step) if llama.record else step
 

@@ -204,6 +204,7 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 for work in WORKLOADS[what](SIZES[name], place):
                     print(rows(work, place, most, args.repeats), flush=True)
+                del work  # and its networks
             if what == "decode" and dtype == torch.bfloat16:
                 print(f"the shipped VAE in bf16: {bf16_psnr(device):.1f} dB from its pictures in fp32")
             gc.collect()

@@ -31,7 +31,7 @@ def measure(
 ) -> dict[str, list[Round]]:
     """
     The times of each call, round by round, each within the context that its name has. A first round, which warms up and is not
-    timed, has to give finite numbers; of what is compiled for CUDA it is three, since the second records its graph.
+    timed, has to give finite numbers; of what is compiled for CUDA it is three, since peers record graphs in the second.
     """
     rounds: dict[str, list[Round]] = {name: [] for name in calls}
     for name, call in calls.items():

@@ -1,6 +1,7 @@
 """What `unifashion/fast.py` compiles against the same without: the same results, one graph a shape, told once."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -176,13 +177,19 @@ def test_cudas_graphs_give_the_same(dtype: torch.dtype, compiled: bool):
 
 
 @pytest.mark.full  # minutes: of compiling
-def test_inductors_kernels_draw_the_same_and_are_kept_in_the_home(home: Path):
+def test_inductors_kernels_draw_and_write_the_same_and_are_kept_in_the_home(home: Path):
     model, draw = drawing()
-    plain, told = draw(), []
+    llama, write = writing()
+    plain, texts, told = draw(), write(), []
     fast.compile_drawing(model, told.append)
+    fast.compile_writing(SimpleNamespace(llama=llama), told.append)
     assert_same(draw(), plain)
+    assert all(map(torch.equal, write(), texts))
     kept = home / ".cache/unifashion/kernels"
-    assert any(kept.iterdir()) and told[0].endswith(f"the kernels are kept in {kept}")
+    assert any(kept.iterdir()) and told[0].endswith(f"the kernels are kept in {kept}") and len(told) == 3
+    # Nowhere is the cache, or a layer of it, copied at a step.
+    code = "".join(path.read_text() for path in kept.rglob("*.py"))
+    assert "(2, 3, 1, 8)" in code and not re.search(r"empty_strided_cpu\(\((2, )?2, 3, (128|256), 8\)", code)
 
 
 def test_without_a_home_to_write_to_kernels_are_kept_where_torch_keeps_them(home: Path, monkeypatch):

@@ -56,7 +56,7 @@ def test_compiled_it_writes_the_same(run: Run, monkeypatch: pytest.MonkeyPatch, 
     asked = []
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(torch, "compile", lambda f: (asked.append(f.__qualname__), f)[1])
+    monkeypatch.setattr(torch, "compile", lambda f, **how: (asked.append(f.__qualname__), f)[1])
     plain, _ = run("a.png", "d.png")
     assert not asked
     compiled, err = run("a.png", "d.png", "--compile")

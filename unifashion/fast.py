@@ -56,7 +56,10 @@ def compile_drawing(model: nn.Module, tell: Callable[[str], None]) -> None:
 
 
 def compile_writing(model: nn.Module, tell: Callable[[str], None]) -> None:
-    """As `compile_drawing`, of the LLM's step. The prompt, which is read once, is read as it is written."""
+    """
+    As `compile_drawing`, of the LLM's step; the prompt, which is read once, is read as it is written. A second size of the batch,
+    or of the cache, compiles it once more, for all sizes.
+    """
     llama = model.llama
     llama.step = _timed(torch.compile(llama.step), "the LLM's step", _keep_kernels(), tell)
     if on_cuda(llama):

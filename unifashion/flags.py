@@ -14,7 +14,11 @@ def tryon(p: argparse.ArgumentParser) -> None:
     garment.add_argument("--sketch", type=Path, help="line drawing of the garment")
     p.add_argument("--text", help="what the garment is like, with --cloth or --sketch")
     where = p.add_mutually_exclusive_group()
-    where.add_argument("--mask", type=Path, help="picture of the person's shape: white = repaint")
+    where.add_argument(
+        "--mask",
+        type=Path,
+        help="picture as large as the person's: white = repaint, the garment and the arms",
+    )
     where.add_argument("--box", type=four_numbers, metavar="x0,y0,x1,y1", help="in pixels (default: torso)")
     p.add_argument("--pose", type=Path, help="densepose picture of the person (default: none)")
     p.add_argument(

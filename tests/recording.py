@@ -1,7 +1,6 @@
 """CUDA's recorded graphs on a CPU: what is launched while one is recorded is done again, in the same places, when it is replayed."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,8 +9,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Of what is not allowed while CUDA records: to wait for a number, or for as many as there are, and to copy from the host.
-FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "bincount", "lift_fresh")
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "bincount")
+
+
+def waits(operator: Any, args: tuple) -> bool:
+    """Whether a program must wait for it: its result, or its shape, only the device knows."""
+    name = str(operator.overloadpacket).removeprefix("aten.")
+    by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+    return by_mask or name.startswith(WAITING)
 
 
 class Graph:
@@ -32,9 +37,9 @@ class Recorder(TorchDispatchMode):
         self.graph = graph
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func.overloadpacket).removeprefix("aten.")
-        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-        assert not by_mask and not name.startswith(FORBIDDEN), f"{name} is not allowed while CUDA records"
+        # Nor may anything be copied from the host.
+        allowed = not waits(func, args) and str(func.overloadpacket) != "aten.lift_fresh"
+        assert allowed, f"{func.overloadpacket} is not allowed while CUDA records"
         out = func(*args, **kwargs or {})
         self.graph.launched.append((func, args, kwargs or {}, tensors(out)))
         return out
@@ -45,19 +50,13 @@ class Stream:
         pass
 
 
-@contextmanager
-def recording(graph: Graph) -> Iterator[None]:
-    with Recorder(graph):
-        yield
-
-
 def simulate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends a CPU records and replays."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "graph", Recorder)
 
 
 def tensors(tree: Any) -> list[Tensor]:

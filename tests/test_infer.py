@@ -357,6 +357,19 @@ def test_json_is_one_object_on_stdout_and_quiet_silences_the_rest(room: Path, ca
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("own", [None, "active"])
+def test_threads_are_told_to_sleep_while_they_wait_before_torch_is_loaded_unless_the_user_says_otherwise(own):
+    script = "import os, runpy, sys, contextlib\nsys.argv = ['infer.py', '--help']\n"
+    script += "with contextlib.suppress(SystemExit): runpy.run_path('infer.py', run_name='__main__')\n"
+    script += "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | (
+        {"OMP_WAIT_POLICY": own} if own else {}
+    )
+    root = Path(infer.__file__).parent
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=root)
+    assert ran.stdout.splitlines()[-1] == f"{own or 'passive'} False", ran.stderr
+
+
 def test_compiled_it_draws_the_same_and_says_what_that_took(
     room: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):

@@ -16,6 +16,7 @@ from transformers.models.llama import modeling_llama
 from tests import goldens
 from tests.faults import plant
 from tests.parity import assert_parity, randomise, swap
+from tests.recording import waits
 from unifashion import llama, lora, losses
 from unifashion.llama import KVCache, Llama, LlamaConfig
 from weights.llama import LLAMA
@@ -753,19 +754,15 @@ def shapes(layer: torch.nn.Module, act: Callable[[], Tensor]) -> tuple[list[tupl
 
 
 class Waits(TorchDispatchMode):
-    """Notes the operators for which a program must wait: those whose result, or its shape, only the device knows."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "bincount")
+    """Notes the operators for which a program must wait."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operators: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func.overloadpacket)
-        by_mask = name == "aten.index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if by_mask or name.removeprefix("aten.").startswith(self.WAITING):
-            self.operators.append(name)
+        if waits(func, args):
+            self.operators.append(str(func.overloadpacket))
         return func(*args, **kwargs or {})
 
 
